@@ -13,7 +13,6 @@ from dataclasses import dataclass,replace
 from functools import lru_cache
 import numpy as np
 import torch
-from torch import Tensor
 
 # %% ../nbs/07_text.ipynb #1aa5aff0
 @dataclass

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all of the set-up themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+SETUP  := $(VENV)/.installed
+# the pinned set exists for Python 3.11 and later; Python 3.10 gets the newest that it can have
+PINS    = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
+# no network while testing; one thread per process, since several processes run at a time
+QUIET   = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help setup demo test export readme docs clean
+help:
+	@echo 'make demo    draw shapes, train on them, sample from held-out captions, into demo/'
+	@echo 'make test    run every notebook, then the tests (JOBS=4: four notebooks at a time)'
+	@echo 'make export  notebooks -> mdm/ and README.md; clean the notebooks'
+	@echo 'make docs    the site, into _docs/ (needs Quarto)'
+	@echo 'make setup   only the set-up, in .venv'
+	@echo 'make clean   remove caches and what was built; .venv, demo/ and runs/ stay'
+
+setup: $(SETUP)
+$(SETUP): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"mdm needs Python 3.10 or later; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PINS) -e '.[dev]'
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/mdm_demo --output demo
+
+# both parts always run; the last line is pytest's, or says that a notebook failed
+test: $(SETUP)
+	@failed=0; \
+	$(QUIET) $(BIN)/nbdev_test --n_workers $(JOBS) --timing || failed=1; \
+	$(QUIET) $(BIN)/python -m pytest tests -q --durations=10 || exit 1; \
+	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on the notebooks listed above'; exit 1; fi
+
+export: $(SETUP)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/make_readme.py
+
+readme: $(SETUP)
+	$(BIN)/python tests/make_readme.py
+
+docs: readme
+	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: https://quarto.org/docs/get-started/'; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+
+clean:
+	rm -rf _docs _proc nbs/nbdev.yml build dist .pytest_cache
+	find mdm nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,6 @@
+"Every test runs without the hub, and with as many threads as OMP_NUM_THREADS says."
+import os, sys
+from pathlib import Path
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,40 @@
+"Make README.md from nbs/index.ipynb: `python tests/make_readme.py`."
+import json, re
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+note = '<!-- Made from nbs/index.ipynb by `make readme`: edit that one. -->\n\n'
+hidden = re.compile(r'^#\|\s*(hide|include:\s*false)\s*$', re.M)
+directive = re.compile(r'^#\|.*\n?', re.M)
+
+def text(o): return o if isinstance(o, str) else ''.join(o)
+
+def relink(md):
+    "Links that start in nbs/ as links that start at the top; code is left alone."
+    def f(m): return m[0] if m['code'] else f"]({m['to'][3:] if m['to'].startswith('../') else 'nbs/' + m['to']})"
+    return re.sub(r'(?P<code>```.*?```|`[^`\n]*`)|\]\((?!\w+:|#|/)(?P<to>[^)\s]+)\)', f, md, flags=re.S)
+
+def fence(s, lang=''): return f'```{lang}\n{s.rstrip()}\n```'
+
+def output(o):
+    "One output of a code cell."
+    if o['output_type'] == 'stream': return fence(text(o['text']), 'text')
+    if o['output_type'] == 'error': raise ValueError(f"index.ipynb: a cell failed with {o['ename']}: {o['evalue']}")
+    data = o['data']
+    if 'text/markdown' in data: return relink(text(data['text/markdown'])).strip()
+    if any(k.startswith('image/') for k in data): raise ValueError('index.ipynb: a picture in an output; save it under nbs/images/ and show it with ![](images/NAME.png)')
+    return fence(text(data['text/plain']), 'text')
+
+def cell(c):
+    "A cell as Markdown, or '' for one that readers do not see."
+    src = text(c['source'])
+    if c['cell_type'] == 'markdown': return relink(src).strip()
+    if c['cell_type'] != 'code' or hidden.search(src) or not src.strip(): return ''
+    return '\n\n'.join([fence(directive.sub('', src), 'python'), *map(output, c['outputs'])])
+
+def readme(path=root/'nbs'/'index.ipynb'):
+    "The text of README.md."
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    return note + '\n\n'.join(filter(None, map(cell, cells))) + '\n'
+
+if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf-8')

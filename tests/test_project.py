@@ -1,0 +1,231 @@
+"What holds for the project as a whole: notebooks, modules, README and packaging agree, and the house rules are kept."
+import ast, importlib, inspect, json, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from dataclasses import is_dataclass
+from itertools import chain
+from pathlib import Path
+import pytest, yaml
+from fastcore.docments import docments
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from make_readme import readme, root, text
+
+config = ConfigParser(delimiters=['='], interpolation=None)
+config.read(root/'settings.ini', encoding='utf-8')
+settings = config['DEFAULT']
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(root).parts))
+modules = sorted(p for p in (root/'mdm').glob('*.py') if p.stem[0] != '_')
+
+def name(nb): return nb.relative_to(root/'nbs').as_posix()
+def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
+def report(problems, rule): assert not problems, '\n  '.join([f'{rule}. {len(problems)} found:', *problems])
+def run(*args, cwd=root, env={}):
+    "Run a command of this Python's environment; returns what it printed."
+    bin, clean = Path(sys.executable).parent, {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    done = subprocess.run([bin/args[0], *args[1:]], cwd=cwd, env=clean | env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, args))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+def python(code): return run(Path(sys.executable).name, '-W', 'ignore', '-c', code)
+
+def sources(nb):
+    "The code of a notebook as syntax trees, less the lines that are not Python."
+    for c in cells(nb):
+        if c['cell_type'] != 'code' or (src := text(c['source'])).startswith('%%'): continue
+        yield ast.parse(re.sub(r'^\s*[%!].*$', 'pass', src, flags=re.M))
+
+def exported(nb):
+    "Name of the module that a notebook becomes, or None."
+    found = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(text(c['source']) for c in cells(nb)), re.M)
+    return found and found[1]
+
+def imports(tree):
+    "Pairs (top-level package, first module inside it) of all imports; relative ones count as mdm."
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import):
+            for a in o.names: yield (*a.name.split('.'), '')[:2]
+        elif isinstance(o, ast.ImportFrom):
+            parts = ((['mdm'] if o.level else []) + (o.module.split('.') if o.module else []))
+            if parts == ['mdm']: yield from (('mdm', a.name) for a in o.names)
+            else: yield (*parts, '')[:2]
+
+# ---- notebooks and what is made from them
+
+@pytest.fixture(scope='module')
+def remade(tmp_path_factory):
+    "A copy of the project with `mdm/` exported anew from cleaned notebooks."
+    copy = tmp_path_factory.mktemp('project')/'mdm'
+    shutil.copytree(root/'nbs', copy/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.*'))
+    shutil.copytree(root/'mdm', copy/'mdm', ignore=shutil.ignore_patterns('__pycache__', '*.py'))
+    for f in ('settings.ini', 'pyproject.toml', '_quarto.yml'): shutil.copy2(root/f, copy/f)
+    run('nbdev_export', cwd=copy)
+    run('nbdev_clean', cwd=copy)
+    return copy
+
+def differing(a, b, pattern):
+    files = {p.relative_to(d).as_posix() for d in (a, b) for p in d.rglob(pattern) if not any(o[0] == '.' for o in p.relative_to(d).parts)}
+    same = lambda f: (a/f).is_file() and (b/f).is_file() and (a/f).read_bytes() == (b/f).read_bytes()
+    return sorted(f for f in files if not same(f))
+
+def test_modules_are_what_the_notebooks_export(remade):
+    report(differing(root/'mdm', remade/'mdm', '*.py'), 'These modules and their notebooks differ; run `make export`')
+    assert (remade/'pyproject.toml').read_text() == (root/'pyproject.toml').read_text()
+
+def test_notebooks_are_clean(remade):
+    report(differing(root/'nbs', remade/'nbs', '*.ipynb'), 'These notebooks are not clean; run `make export`')
+
+def test_readme_is_index(): assert (root/'README.md').read_text(encoding='utf-8') == readme(), 'README.md and nbs/index.ipynb differ; run `make readme`'
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r'\]\((?!\w+:|#)([^)\s#]+)', re.sub(r'```.*?```', '', readme(), flags=re.S))
+    report([o for o in links if not (root/o).exists()], 'Links of README.md that lead nowhere')
+
+def test_readme_maker(tmp_path):
+    def nb(*cells):
+        (tmp_path/'n.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type=t, source=s, outputs=o) for t, s, o in cells])))
+        return readme(tmp_path/'n.ipynb').split('-->\n\n')[1]
+    data = lambda **kw: [dict(output_type='execute_result', data={k.replace('_', '/'): v for k, v in kw.items()})]
+    assert nb(('markdown', '# T\n\n> d', [])) == '# T\n\n> d\n'
+    assert nb(('markdown', '[a](01.ipynb) ![](images/p.png) [l](../LICENSE) [w](https://x.org) [h](#h) `[c](d)`', [])) == \
+        '[a](nbs/01.ipynb) ![](nbs/images/p.png) [l](LICENSE) [w](https://x.org) [h](#h) `[c](d)`\n'
+    assert nb(('code', '#| hide\nx', []), ('code', 'y', [])) == '```python\ny\n```\n'
+    assert nb(('code', '#| eval: false\ny', [dict(output_type='stream', text=['a\n', 'b\n'])])) == '```python\ny\n```\n\n```text\na\nb\n```\n'
+    assert nb(('code', 'y', data(text_plain='P', text_markdown='*m*'))) == '```python\ny\n```\n\n*m*\n'
+    assert nb(('code', 'y', data(text_plain=['4', '2']))) == '```python\ny\n```\n\n```text\n42\n```\n'
+    with pytest.raises(ValueError, match='nbs/images'): nb(('code', 'y', data(image_png='', text_plain='')))
+    with pytest.raises(ValueError, match='KeyError'): nb(('code', 'y', [dict(output_type='error', ename='KeyError', evalue='k')]))
+
+def test_notebooks_have_title_and_description():
+    first = {name(o): text(cells(o)[0]['source']) for o in notebooks}
+    report([k for k, v in first.items() if not re.match(r'# \S.*\n\n> \S', v)], 'A notebook starts with "# Title" and "> description"')
+
+def test_notebooks_are_small():
+    report([f'{name(o)}: {o.stat().st_size/1000:.0f} kB' for o in notebooks if o.stat().st_size > 400_000], 'A notebook stays below 400 kB')
+
+def test_notebooks_were_run():
+    bad = [f"{name(o)}: {out['ename']}: {out['evalue']}" for o in notebooks for c in cells(o) for out in c.get('outputs', []) if out['output_type'] == 'error']
+    report(bad, 'No notebook ends in an error')
+
+def test_site_lists_every_notebook_in_order():
+    site = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
+    assert (root/'nbs'/'_quarto.yml').is_symlink() and (root/'nbs'/'_quarto.yml').resolve() == root/'_quarto.yml'
+    flat = lambda items: chain.from_iterable(flat(o['contents']) if 'contents' in o else [(o['href'], o['text'])] for o in items)
+    listed = dict(flat(site['website']['sidebar']['contents']))
+    assert sorted(listed) == sorted(map(name, notebooks))
+    numbered = [o for o in listed if re.match(r'\d', o)]
+    assert numbered == sorted(numbered)
+    assert all(v.startswith(f'{int(k[:2])}. ') for k, v in listed.items() if k in numbered)
+
+def test_index_lists_every_notebook():
+    index = '\n'.join(text(c['source']) for c in cells(root/'nbs'/'index.ipynb'))
+    report([name(o) for o in notebooks if name(o) != 'index.ipynb' and f'({name(o)})' not in index], 'nbs/index.ipynb links to every notebook')
+
+# ---- modules
+
+def test_imports_go_down():
+    number = {exported(o): o.stem.split('_')[0] for o in notebooks if exported(o)}
+    problems = [f'mdm/{o.name} has no notebook' for o in modules if o.stem not in number]
+    for nb in notebooks:
+        if not re.match(r'\d\d_', nb.name): continue
+        inside = {m for tree in sources(nb) for pkg, m in imports(tree) if pkg == 'mdm'}
+        problems += [f'{name(nb)} imports mdm.{m}' for m in sorted(inside & set(number)) if m != exported(nb) and number[m] >= nb.stem.split('_')[0]]
+        problems += [f'{name(nb)} imports mdm.{m}, which is no module' for m in sorted(inside - set(number) - {'', '__version__'})]
+    report(problems, 'A notebook imports only from lower-numbered ones')
+
+def test_modules_are_python_310():
+    for o in modules: ast.parse(o.read_text(encoding='utf-8'), o.name, feature_version=(3, 10))
+
+def test_import_needs_no_network():
+    print(python(f'''
+import socket
+def refuse(*args, **kwargs): raise OSError('the network was asked for')
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+import importlib
+for m in {[o.stem for o in modules]!r}: importlib.import_module('mdm.' + m)
+'''))
+
+def test_import_is_light():
+    "What a user may never need is imported when it is used."
+    heavy = ['transformers', 'tokenizers', 'accelerate', 'ipywidgets', 'spacy', 'sentencepiece', 'nbdev', 'pytest']
+    assert python(f'import mdm.all, sys; print([o for o in {heavy} if o in sys.modules])').strip() == '[]'
+
+def public():
+    "Every public function, class and method as (module.name, object)."
+    for path in modules:
+        module = importlib.import_module(f'mdm.{path.stem}')
+        for k in getattr(module, '__all__', []):
+            o = getattr(module, k)
+            if getattr(o, '__module__', None) != module.__name__ or not (inspect.isfunction(o) or inspect.isclass(o)): continue
+            yield f'{path.stem}.{k}', o
+            if inspect.isclass(o): yield from ((f'{path.stem}.{k}.{m}', f) for m, f in methods(o))
+
+def methods(cls):
+    "Methods that people call, and those that say how to make and call an object; one that fills in a place of its base class is described there."
+    for k, f in vars(cls).items():
+        f = getattr(f, '__func__', f)
+        if not inspect.isfunction(f) or f.__module__ != cls.__module__ or f.__code__.co_filename == '<string>': continue
+        if k in ('__init__', '__call__') or not (k[0] == '_' or any(hasattr(o, k) for o in cls.__mro__[1:])): yield k, f
+
+def hook(key): return re.search(r'\.(__init__|__call__|forward|(before|after)_\w+)$', key)
+
+def test_everything_has_a_docstring():
+    report([k for k, o in public() if not (o.__doc__ or '').strip() and not hook(k)], 'A public thing has a docstring')
+
+def undocumented(o):
+    "Parameters of a function, or fields of a dataclass or named tuple, that no comment explains."
+    if inspect.isclass(o):
+        src = inspect.getsource(o) if is_dataclass(o) or hasattr(o, '_fields') else ''
+        return [k for k in (inspect.get_annotations(o) if src else []) if not re.search(rf'^\s+{k}\s*:[^#\n]*#\s*\S', src, re.M)]
+    docs = docments(o)
+    return [k for k, p in inspect.signature(o).parameters.items() if k not in ('self', 'cls') and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not docs.get(k)]
+
+def test_every_parameter_has_a_docment():
+    report([f"{k}: {', '.join(bad)}" for k, o in public() if (bad := undocumented(o))], 'A parameter has a comment that explains it')
+
+# ---- packaging
+
+def wanted(key): return {canonicalize_name(r.name): r for r in map(Requirement, settings[key].split())}
+def pins(): return {canonicalize_name(k): v for k, v in (o.split('==') for o in (root/'constraints.txt').read_text().splitlines() if o and o[0] != '#')}
+
+def test_requirements_are_pinned():
+    bad = [str(r) for k in ('requirements', 'dev_requirements') for n, r in wanted(k).items() if n not in pins() or not r.specifier.contains(pins()[n])]
+    report(bad, 'A requirement has a pin in constraints.txt that fits it')
+
+def test_requirements_are_lower_bounds(): report([str(r) for r in wanted('requirements').values() if not re.fullmatch(r'>=[\d.]+', str(r.specifier))], 'A run-time requirement is a lower bound')
+
+def test_imports_are_required():
+    names = dict(pil='pillow', yaml='pyyaml')
+    used = {pkg for o in modules for pkg, _ in imports(ast.parse(o.read_text(encoding='utf-8')))} - set(sys.stdlib_module_names) - {'mdm'}
+    report(sorted(o for o in used if names.get(o.lower(), canonicalize_name(o)) not in wanted('requirements')), 'What mdm/ imports stands in the requirements')
+
+def test_commands_exist():
+    scripts = dict(o.split('=') for o in settings['console_scripts'].split())
+    for target in scripts.values():
+        module, function = target.split(':')
+        assert callable(getattr(importlib.import_module(module), function)), target
+
+def test_version_is_one():
+    import mdm
+    assert mdm.__version__ == settings['version']
+    assert settings['version'] in (root/'CHANGELOG.md').read_text(encoding='utf-8')
+
+# ---- nothing of one machine
+
+def tracked():
+    "The project's files: what git knows or would add; without git, everything but what is hidden or made."
+    git = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=root, capture_output=True, text=True)
+    if git.returncode == 0: return [p for o in git.stdout.split('\0') if o and (p := root/o).is_file()]
+    return [p for p in root.rglob('*') if p.is_file() and not any(re.match(r'\.(?!ci|gitignore)|_docs|_proc|__pycache__|build$|dist$|runs$|demo$|.*\.egg-info', o) for o in p.relative_to(root).parts)]
+
+def readable(path):
+    "A file's text; of a notebook, all but its pictures; '' for what is not text."
+    try: s = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError: return ''
+    if path.suffix != '.ipynb': return s
+    outs = [o for c in cells(path) for o in c.get('outputs', [])]
+    shown = [text(v) for o in outs for k, v in o.get('data', {}).items() if not k.startswith('image/') and isinstance(v, (str, list))]
+    shown += [text(o['text']) for o in outs if 'text' in o] + ['\n'.join(o['traceback']) for o in outs if 'traceback' in o]
+    return '\n'.join([*(text(c['source']) for c in cells(path)), *(re.sub(r'base64,[\w+/=\s]+', '', o) for o in shown)])
+
+def test_no_machine_paths():
+    machine = re.compile(r'(?<![\w.$}])/(?:work|tmp|root|home|Users)/[\w.]+|\.\./shared\b')
+    report([f'{p.relative_to(root)}: {m}' for p in tracked() for m in sorted(set(machine.findall(readable(p))))], 'No file names a place of one machine')

@@ -1,0 +1,241 @@
+"The edges of `mdm.recipe` that a reader of its notebook need not see."
+import json, warnings
+from dataclasses import fields
+from pathlib import Path
+import pytest, torch, yaml
+from mdm.nested_unet import NestedUNetConfig, create_model, model_scales
+from mdm.recipe import (Recipe, RecipeError, TrainConfig, build_recipe, from_reference, is_reference, load_recipe, nearest, presets,
+    recipe_dict, save_recipe, to_reference, translate, valid_keys)
+from mdm.unet import UNetConfig
+
+here = Path(__file__).parent
+doll = dict(channels=[32, 32], num_resnets=[1, 1], num_attention_layers=[0, 0])
+small = dict(name='small', model=doll, data=dict(image_size=16), train=dict(steps=100))
+
+def problems(values, **kwargs):
+    with pytest.raises(RecipeError) as e: build_recipe(values, **kwargs)
+    assert all(p in str(e.value) for p in e.value.problems)
+    return e.value.problems
+
+def with_(place, value, base=small):
+    "A copy of `base` with one more value at a dotted place."
+    out = d = json.loads(json.dumps(base))
+    *path, last = place.split('.')
+    for k in path: d = d.setdefault(k, {})
+    d[last] = value
+    return out
+
+def nested(**kwargs): return with_('model', dict(doll, time_dim=128, inner=doll) | kwargs, with_('data.image_size', 32))
+
+# ---- presets
+
+def test_presets_are_those_promised(): assert presets() == ['cc12m_1024x1024', 'cc12m_256x256', 'cc12m_64x64', 'pictures_64', 'shapes']
+
+@pytest.mark.parametrize('name', presets())
+def test_preset_survives_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.train.output == f'runs/{name}'
+    assert load_recipe(save_recipe(recipe, tmp_path/'r.yaml')) == recipe
+    assert build_recipe(recipe_dict(recipe)) == recipe
+
+def test_preset_sizes():
+    def scales_and_size(n): return model_scales((r := load_recipe(n)).model), r.data.image_size
+    assert scales_and_size('shapes') == ([2, 1], 32) and scales_and_size('pictures_64') == ([2, 1], 64)
+    with torch.device('meta'): model = create_model(load_recipe('pictures_64').model, 256)
+    assert 10e6 < sum(p.numel() for p in model.parameters()) < 20e6
+
+@pytest.mark.parametrize('size', ['64x64', '256x256', '1024x1024'])
+def test_released_presets_build_the_released_models(size):
+    golden = json.loads((here/'golden'/f'cc12m_{size}.json').read_text())
+    with torch.device('meta'): model = create_model(load_recipe(f'cc12m_{size}').model, 2048)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == golden['state']
+
+# ---- the reference's files
+
+@pytest.mark.parametrize('size,ignored', [(64, ['dataset_config', 'sample_dir', 'device', 'num_epochs', 'prediction_length', 'predict_variances', 'rescale_schedule', 'warmup_steps=10000']),
+    (256, ['sample_dir', 'no_use_residual', 'smaller_side_size=300', 'padding_token', 'pretrained_vision_file']), (1024, ["initialize_inner_with_pretrained='a1b2c3d4'"])])
+def test_messy_files_give_the_presets_models(size, ignored):
+    with pytest.warns(UserWarning) as caught: theirs = load_recipe(here/'data'/f'released_{size}.yaml')
+    ours = load_recipe(f'cc12m_{size}x{size}')
+    assert (theirs.model, theirs.diffusion, theirs.sample, theirs.text) == (ours.model, ours.diffusion, ours.sample, ours.text)
+    assert theirs.name == ours.name and theirs.data.image_size == size and theirs.train.lr == 5e-5 and theirs.train.grad_clip == 2
+    assert len(caught) == 1 and all(k in str(caught[0].message) for k in ignored)
+    assert str(caught[0].message).count('=') == len(ignored) + ('beyond' in str(caught[0].message))
+
+def test_messy_training_options():
+    with pytest.warns(UserWarning): r = load_recipe(here/'data'/'released_64.yaml', ['train.output=here'])
+    assert (r.train.batch_size, r.train.steps, r.train.warmup_steps, r.train.optimizer, r.train.seed, r.data.workers, r.train.output) == (32, 5000, 5000, 'adamw', 0, 3, 'here')
+    with pytest.warns(UserWarning): assert load_recipe(here/'data'/'released_1024.yaml').train.bf16
+
+def test_mistakes_in_a_reference_file_are_reported_together():
+    with pytest.raises(RecipeError) as e: load_recipe(here/'data'/'released_broken.yaml')
+    for line in ('unet_config.resolution_chanels: unknown key', 'did you mean resolution_channels?', 'temporal_mode: found True; this feature', "schedule_type: found 'LINEAR', expected one of deepfloyd",
+                 'prediction_typ: unknown key', 'did you mean prediction_type?', "model: found 'nested_unet', expected 'unet'", 'use_lm_mask', "train.lr: found 'fast'", 'batchsize: unknown key',
+                 'did you mean batch_size?', 'model.channels: missing'): assert line in str(e.value), line
+
+@pytest.mark.parametrize('name', ['unet', 'nested', 'nested2'])
+def test_golden_model_configs(name):
+    golden = json.loads((here/'golden'/f'{name}.json').read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        config = from_reference(golden['config'])
+    with torch.device('meta'): model = create_model(config, 48)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == golden['parameters']
+    assert [golden['sizes'][-1]*s for s in model_scales(config)] == golden['sizes']
+
+def test_from_reference_details():
+    base = dict(resolution_channels=[32, 64], num_resnets_per_resolution=[1, 1], attention_levels=[1], num_attention_layers=[2, 2])
+    assert from_reference(base).num_attention_layers == [0, 2]
+    assert from_reference(base | dict(attention_levels=None)).num_attention_layers == [0, 0]
+    for none in (-1, 0, None, 'None', '-1'): assert from_reference(base | dict(conditioning_feature_proj_dim=none, temporal_dim=none)) == from_reference(base)
+    assert from_reference(base | dict(micro_conditioning='scale:64, age:0.5')).micro_conditioning == {'scale': 64., 'age': .5}
+    for none in ('', None, 'None'): assert from_reference(base | dict(micro_conditioning=none)).micro_conditioning == {}
+    flipped = from_reference(base | dict(skip_cond_emb=1, skip_mid_blocks='true'))
+    assert not flipped.pooled_text and not flipped.mid_blocks
+    assert from_reference({k.replace('_', '-'): v for k, v in base.items()}) == from_reference(base)
+    for bad in (dict(micro_conditioning='scale'), dict(resolution_channels='a,b'), dict(num_attention_layers=5), dict(resnet_config=3), dict(inner_config=[]), dict(num_temporal_attention_layers=2)):
+        with pytest.raises(RecipeError): from_reference(base | bad)
+    assert base['attention_levels'] == [1]                      # the argument is left as it was
+
+@pytest.mark.parametrize('name', presets())
+def test_to_reference_is_understood(name):
+    recipe = load_recipe(name)
+    theirs = yaml.safe_load(yaml.safe_dump(to_reference(recipe)))
+    assert is_reference(theirs)
+    values, bad, ignored = translate(theirs)
+    again = build_recipe(values, strict=False)
+    assert bad == ignored == [] and (again.model, again.diffusion, again.name) == (recipe.model, recipe.diffusion, recipe.name)
+    for k in ('lr', 'batch_size', 'steps', 'warmup_steps', 'grad_clip', 'optimizer', 'bf16', 'accumulate', 'log_every', 'save_every', 'output', 'seed'): assert getattr(again.train, k) == getattr(recipe.train, k)
+    assert (again.data.image_size, again.data.crop, again.data.shuffle, again.text.encoder) == (recipe.data.image_size, recipe.data.crop, recipe.data.shuffle, recipe.text.encoder)
+
+def test_to_reference_refuses_what_it_cannot_say():
+    with pytest.raises(RecipeError, match='model.inner.num_heads: found 4, expected 8'): to_reference(build_recipe(with_('model.inner.num_heads', 4, nested())))
+
+# ---- types, keys, suggestions
+
+def test_all_problems_at_once():
+    bad = problems(dict(small, model=dict(doll, num_resnets=[1]), train=dict(steps=5, warmup_steps=9, lr='x'), sample=dict(stpes=3), batch_size=1, data=dict(image_size='16'), text=3))
+    for place in ('model.num_resnets', 'train.lr', 'sample.stpes', 'batch_size', 'data.image_size', 'text: found 3'): assert any(p.startswith(place) for p in bad), place
+    assert not any(p.startswith('model.channels') for p in bad)
+
+def leaves(d, place=''):
+    for k, v in d.items():
+        if isinstance(v, dict) and k != 'micro_conditioning': yield from leaves(v, f'{place}{k}.')
+        else: yield f'{place}{k}', v
+
+@pytest.mark.parametrize('name', ['shapes', 'cc12m_64x64'])
+def test_every_value_is_checked_and_every_key_suggested(name):
+    values = recipe_dict(load_recipe(name))
+    depth = len(model_scales(load_recipe(name).model)) - 1
+    for place, value in leaves(values):
+        wrong = {'x': 'y'}
+        assert any(p.startswith(f'{place}') for p in problems(with_(place, wrong, values))), place
+        if place != 'name': assert nearest(place[:-1], valid_keys(depth)) in (place, *(k for k in valid_keys(depth) if k.split('.')[-1] == place.split('.')[-1])), place
+
+@pytest.mark.parametrize('place,value,expected', [
+    ('train.batch_size', '8', 'a valid integer'), ('train.batch_size', 8.5, 'integer'), ('train.batch_size', True, 'integer'), ('train.batch_size', None, 'integer'), ('train.bf16', 1, 'boolean'),
+    ('train.lr', float('nan'), 'number'), ('train.lr', float('inf'), 'finite'), ('train.lr', 0, 'greater than 0'), ('train.betas', [.9], 'missing'), ('train.betas', [.9, 1.], 'less than 1'), ('train.optimizer', 'sgd', "'adamw' or 'adam'"),
+    ('train.preview_prompts', 'a dog', 'list'), ('train.preview_prompts', [1], 'string'), ('model.channels', [32, '32'], 'integer'), ('model.micro_conditioning', {'scale': 'x'}, 'number'), ('train', 0, 'mapping'), ('model', None, 'mapping'), ('model', [1], 'mapping'),
+    ('name', 3, 'string'), ('diffusion.schedule', 'linear', "'deepfloyd'"), ('sample.threshold', 'hard', "'dynamic'"), ('data.crop', 'left', "'center' or 'random'")])
+def test_types(place, value, expected):
+    assert any(p.startswith(place) and expected in p for p in problems(with_(place, value))), problems(with_(place, value))
+
+def test_empty_section_and_numbers():
+    assert build_recipe(dict(small, sample=None)).sample == build_recipe(small).sample
+    assert build_recipe(with_('train.lr', 1)).train.lr == 1. and build_recipe(with_('train.grad_clip', None)).train.grad_clip is None
+
+def test_inner_decides_the_kind():
+    assert type(build_recipe(small).model) is UNetConfig
+    two = build_recipe(with_('model.inner', dict(doll, time_dim=128, inner=doll), with_('data.image_size', 64, nested()))).model
+    assert isinstance(two, NestedUNetConfig) and isinstance(two.inner, NestedUNetConfig) and type(two.inner.inner) is UNetConfig and model_scales(two) == [4, 2, 1]
+    assert any('model.inner: found None' in p for p in problems(with_('model.inner', None)))
+    assert 'only a nested model' in problems(with_('model.freeze_inner', True))[0]
+    assert 'did you mean model.inner.channels?' in problems(nested(inner=dict(doll, chanels=[1])))[0]
+
+# ---- combinations
+
+@pytest.mark.parametrize('place,value,expected', [
+    ('model.num_resnets', [1], '2 entries'), ('model.num_resnets', [0, 1], 'at least 1'), ('model.num_attention_layers', [0, 0, 0], '2 entries'), ('model.num_attention_layers', [0, -1], '0 or more'),
+    ('model.channels', [32, 33], 'multiples'), ('model.channels', [32, 0], 'above 0'), ('model.channels', [], 'at least one level'), ('model.num_groups', 0, 'above 0'), ('model.num_heads', 7, 'divisor'), ('model.num_heads', 0, 'divisor'),
+    ('model.time_dim', 20, 'multiple of 8'), ('model.text_proj_dim', 0, 'or null'), ('model.num_text_layers', -1, '0 or more'), ('model.dropout', 1., 'below 1'), ('model.micro_conditioning', {'scale': 0}, 'above 0'),
+    ('diffusion.multi_res_weights', [2., 1.], '1 entry'), ('diffusion.mixed_ratio', [2, 1], '1 entry'), ('diffusion.multi_res_weights', [-1], 'below 0'), ('diffusion.mixed_ratio', [0], 'above 0'),
+    ('diffusion.num_steps', 1, 'at least 2'), ('diffusion.beta_start', 0, 'between'), ('diffusion.beta_end', 1e-5, 'beta_start'), ('diffusion.rescale_signal', 0, 'above 0'), ('diffusion.output_scale', -1, '0'),
+    ('text.dim', 0, 'above 0'), ('text.max_tokens', 0, 'above 0'), ('data.image_size', 17, 'multiple of 2'), ('data.image_size', 4, 'at least 8'), ('data.image_size', 0, 'above 0'), ('data.workers', -1, '0 or more'), ('data.shuffle', -1, '0 or more'), ('data.epoch_size', 0, 'above 0'),
+    ('train.warmup_steps', 101, 'no more than train.steps = 100'), ('train.warmup_steps', -1, 'greater'), ('train.lr', -1e-3, 'greater than 0'), ('train.ema_decay', 1., 'less than 1'), ('train.caption_dropout', -.1, 'greater'),
+    ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'above 0'), ('sample.eta', -1., 'DDPM'), ('sample.guidance', -1., '0 or more')])
+def test_combinations(place, value, expected):
+    bad = problems(with_(place, value))
+    assert any(p.startswith(f'{place}: found ') and expected in p for p in bad), bad
+
+@pytest.mark.parametrize('change,place,expected', [
+    (dict(channels=[32], num_resnets=[1], num_attention_layers=[0]), 'model.channels', 'two levels'), (dict(mid_blocks=True), 'model.mid_blocks', 'false'), (dict(pooled_text=True), 'model.pooled_text', 'false'),
+    (dict(text_proj_dim=8), 'model.text_proj_dim', 'innermost'), (dict(num_text_layers=1), 'model.num_text_layers', 'innermost'), (dict(masked_cross_attention=False), 'model.masked_cross_attention', 'innermost'),
+    (dict(freeze_inner=True), 'model.freeze_inner', 'model.inner_from'), (dict(time_dim=64), 'model.time_dim', '128, as in model.inner'), (dict(inner=dict(doll, num_groups=64)), 'model.inner.channels', 'multiples of model.inner.num_groups')])
+def test_combinations_of_dolls(change, place, expected):
+    assert build_recipe(nested())
+    bad = problems(nested(**change))
+    assert len(bad) == 1 and bad[0].startswith(place) and expected in bad[0], bad
+
+def test_what_is_allowed():
+    assert build_recipe(nested(freeze_inner=True, inner_from='a.pth')).model.freeze_inner
+    assert build_recipe(nested(time_dim=64, inner=dict(doll, pooled_text=False))).model.time_dim == 64
+    assert build_recipe(with_('diffusion.mixed_ratio', [1, 1], nested())).diffusion.mixed_ratio == [1., 1.]
+
+def test_mixed_ratio_leaves_a_sample():
+    base = with_('diffusion.mixed_ratio', [1, 15], nested())
+    assert build_recipe(with_('train.batch_size', 16, base))
+    assert problems(with_('train.batch_size', 15, base))[0].startswith('train.batch_size: found 15, expected more')
+
+def test_text_layers_need_eight_heads():
+    base = with_('model.num_text_layers', 1, small)
+    assert 'text.dim' in problems(with_('text.dim', 12, base))[0]
+    assert build_recipe(with_('text.dim', 16, base)) and build_recipe(with_('text.encoder', 'google/flan-t5-small', with_('text.dim', 12, base)))
+
+# ---- files and overrides
+
+def load_text(text, tmp_path, overrides=()):
+    (tmp_path/'mine.yaml').write_text(text, encoding='utf-8')
+    return load_recipe(tmp_path/'mine.yaml', overrides)
+
+tiny = 'model: {channels: [32, 32], num_resnets: [1, 1], num_attention_layers: [0, 0]}\ndata: {image_size: 16}\n'
+
+def test_minimal_file(tmp_path):
+    r = load_text(tiny, tmp_path)
+    assert r.name == 'mine' and r.train.steps == 10_000
+    assert load_text(tiny + 'train: {lr: 1e-4}', tmp_path).train.lr == 1e-4                       # no point needed
+    assert load_text(tiny + 'train: {output: "out/${name}-${data.image_size}"}', tmp_path, ['name=a']).train.output == 'out/a-16'
+
+@pytest.mark.parametrize('text,says', [('', 'mapping of sections'), ('- 1\n- 2', 'mapping of sections'), ('a: [1', 'line'), (tiny + 'train: {steps: 1, steps: 2}', 'duplicate key'),
+    (tiny + 'train: {output: "${nothing}"}', 'nothing'), (tiny + 'train: {steps: "???"}', "train.steps: found '???'"), ('data: {image_size: 16}', 'model: missing'), (tiny + 'train: {output: "${"}', 'mine.yaml')])
+def test_bad_files(text, says, tmp_path):
+    with pytest.raises(RecipeError) as e: load_text(text, tmp_path)
+    assert says in str(e.value) and 'mine.yaml' in str(e.value)
+
+def test_no_such_preset():
+    with pytest.raises(FileNotFoundError, match=r"'cc12m_64'; did you mean cc12m_64x64\? Presets: cc12m_1024x1024, "): load_recipe('cc12m_64')
+    with pytest.raises(FileNotFoundError, match='nowhere.yaml'): load_recipe('nowhere.yaml')
+
+def test_overrides(tmp_path):
+    r = load_text(tiny, tmp_path, ['train.lr=1e-3', 'train.preview_prompts=["a = b", c]', 'train.grad_clip=null', 'model.channels[0]=64', 'data.files=[a.tar, b.tar]', 'train.output=a=b', 'train.bf16=true', 'name=x'])
+    assert (r.train.lr, r.train.preview_prompts, r.train.grad_clip, r.model.channels, r.data.files, r.train.output, r.train.bf16, r.name) == (1e-3, ['a = b', 'c'], None, [64, 32], ['a.tar', 'b.tar'], 'a=b', True, 'x')
+    assert load_text(tiny, tmp_path, 'train.steps=7').train.steps == 7                            # a lone string is one override
+
+@pytest.mark.parametrize('override,says', [('train.lr', "override 'train.lr': expected key=value"), ('=3', "override '=3'"), ('train.lrr=3', 'did you mean train.lr?'), ('lr=3', 'did you mean train.lr?'), ('trian.lr=3', 'trian: unknown key'),
+    ('model.channels[9]=3', "override 'model.channels[9]=3'"), ('train.lr=[1', "override 'train.lr=[1'"), ('train.lr.x=3', "train.lr: found {'x': 3}"), ('model.inner=3', 'model.inner'), ('model.channels=32', 'model.channels: found 32, expected a valid list')])
+def test_bad_overrides(override, says, tmp_path):
+    with pytest.raises(RecipeError) as e: load_text(tiny, tmp_path, [override])
+    assert says in str(e.value), str(e.value)
+
+def test_bad_overrides_together(tmp_path):
+    with pytest.raises(RecipeError) as e: load_text(tiny, tmp_path, ['train.lr', 'train.stps=1', 'data.image_size=15'])
+    assert len(e.value.problems) == 3
+
+def test_strings_come_back_as_they_were(tmp_path):
+    recipe = build_recipe(small)
+    recipe.train.preview_prompts = ['${name}', 'yes', '1e3', 'null', 'a: b', 'é \u4e2d', '- x', '', "it's \"q\"", 'line\nbreak', '2024-01-01', '0x1F', '???', '.5e3', '-1E-3', '1_0', '1:30', '~', '=', r'\d', '12e']
+    recipe.name = '12'
+    assert load_recipe(save_recipe(recipe, tmp_path/'r.yaml')) == recipe
+
+def test_every_setting_is_documented():
+    from fastcore.docments import docments
+    for section in (Recipe, TrainConfig): assert all(docments(section).get(f.name) for f in fields(section))
