@@ -71,7 +71,7 @@ class NestedUNet(UNet):
         x:Tensor, # noisy picture [B,3,H,W]
     )->Tensor: # first features [B,channels[0],H,W]
         "From pixels to features, at unit variance where asked."
-        return self.conv_in(x/x.std((1, 2, 3), keepdim=True) if self.config.normalize_input else x)
+        return super().stem(x/x.std((1, 2, 3), keepdim=True) if self.config.normalize_input else x)
 
     def middle(self,
         h:Tensor, # features at the bottom of the outer doll

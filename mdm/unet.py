@@ -183,8 +183,8 @@ class UNet(nn.Module):
     def stem(self,
         x:Tensor, # noisy picture [B,3,H,W]
     )->Tensor: # first features [B,channels[0],H,W]
-        "From pixels to features."
-        return self.conv_in(x)
+        "From pixels to features, in float32 also under autocast: three channels cost little, and their digits matter most."
+        with torch.autocast(x.device.type, enabled=False): return self.conv_in(x)
 
     def middle(self,
         h:Tensor, # features at the bottom
