@@ -28,12 +28,13 @@ $(SETUP): settings.ini setup.py pyproject.toml constraints.txt
 demo: $(SETUP)
 	$(BIN)/mdm_demo --output demo
 
-# both parts always run; the last line is pytest's, or says that a notebook failed
+# Every notebook has a process of its own, as it has for a reader: no seed or switch of one reaches the next.
+# Both parts always run; the last line is pytest's, or says that a notebook failed.
 test: $(SETUP)
 	@failed=0; \
-	$(QUIET) $(BIN)/nbdev_test --n_workers $(JOBS) --timing || failed=1; \
+	find nbs -name '*.ipynb' ! -path '*/[._]*' | sort | $(QUIET) xargs -P $(JOBS) -n 1 $(BIN)/nbdev_test --n_workers 0 --timing --path || failed=1; \
 	$(QUIET) $(BIN)/python -m pytest tests -q --durations=10 || exit 1; \
-	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on the notebooks listed above'; exit 1; fi
+	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on a notebook named above'; exit 1; fi
 
 export: $(SETUP)
 	$(BIN)/nbdev_export

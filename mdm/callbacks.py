@@ -126,7 +126,9 @@ class CountSteps(Callback):
     def __init__(self,
         stop:int|None=None, # end the fit when `learn.steps` reaches this
     ): self.stop = stop
-    def before_fit(self): self.learn.steps = getattr(self.learn, 'steps', 0)
+    def before_fit(self):
+        self.learn.steps = getattr(self.learn, 'steps', 0)
+        self.run = not hasattr(self.learn, 'lr_finder')          # `lr_find` only tries things out
     def after_step(self): self.learn.steps += 1
     def after_batch(self):
         if self.stop is not None and self.learn.steps >= self.stop: raise CancelFitException()
@@ -139,12 +141,20 @@ class MovingAverage(Callback):
         decay:float=.9999, # memory d
     ): self.decay, self.average = decay, None
     @property
-    def model(self): return self.average.module # the averaged network
+    def model(self)->torch.nn.Module: # the averaged network
+        "The network whose weights are the average."
+        return self.average.module
     def before_fit(self):
-        if self.average is not None: return
+        self.run = not hasattr(self.learn, 'lr_finder')
+        if self.average is not None or not self.run: return
         self.average = AveragedModel(self.learn.model, multi_avg_fn=self.update).eval().requires_grad_(False)
         self.average.update_parameters(self.learn.model)         # the first update copies
-    def update(self, averaged, current, n):
+    def update(self,
+        averaged:list[Tensor], # the average, changed in place
+        current:list[Tensor], # the weights
+        n, # PyTorch's own count of updates, not needed
+    ):
+        "One step of the average, all weights at once."
         d = min(self.decay, (1 + self.updates)/(10 + self.updates))
         torch._foreach_lerp_(averaged, current, 1 - d)
     def after_step(self):
@@ -158,7 +168,9 @@ class Every(Callback):
     def __init__(self,
         every:int, # steps between two calls
     ): self.every, self.acted = every, None
-    def act(self): raise NotImplementedError
+    def act(self):
+        "What to do; for subclasses to say."
+        raise NotImplementedError
     def after_batch(self):
         if self.learn.steps and self.learn.steps % self.every == 0 and self.acted != self.learn.steps: self.act_once()
     def act_once(self):

@@ -201,10 +201,21 @@ class Inert:
     def __getattr__(self, k):
         if not k.startswith('_') and k in self._state: return self._state[k]
         raise AttributeError(f'the pickled {self._path} has no {k}')
-    def append(self, v): self._state[len(self._state)] = v
-    def add(self, v): self.append(v)
-    def keys(self): return self._state.keys()
-    def get(self, k, default=None): return self._state.get(k, default)
+    def append(self,
+        v:object, # an item of a pickled list
+    ):
+        "Store an item under its number."
+        self._state[len(self._state)] = v
+    add = append
+    def keys(self):
+        "Names of the settings."
+        return self._state.keys()
+    def get(self,
+        k:object, # name of a setting
+        default:object=None, # for a setting that is not there
+    ):
+        "A setting by name."
+        return self._state.get(k, default)
     def __repr__(self): return f"<inert {self._path}: {', '.join(map(str, self._state)) or f'{len(self._args)} arguments'}>"
 
 # %% ../nbs/11_checkpoint.ipynb #87728675
@@ -225,7 +236,9 @@ class Storage(NamedTuple):
 
 class InertUnpickler(pickle.Unpickler):
     "Python's unpickler with nothing to fetch."
-    def __init__(self, file): super().__init__(file, encoding='utf-8'); self.classes, self.storages = {}, {}
+    def __init__(self,
+        file, # open binary file, or a map of one, at the start of a pickle
+    ): super().__init__(file, encoding='utf-8'); self.classes, self.storages = {}, {}
 
     def find_class(self, module, name):
         path = f'{module}.{name}'

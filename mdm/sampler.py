@@ -67,8 +67,10 @@ def ddim_step(
 def guide(
     model, # `model(x, t, cond, mask, micros) -> predictions`
     guidance:float, # w; 1 = none
-    cond:Tensor|None=None, mask:Tensor|None=None, # the prompt [B,T,D] and which words are real [B,T]
-    uncond:Tensor|None=None, uncond_mask:Tensor|None=None, # the negative or empty prompt [B,U,D], [B,U]; None: zeros under a mask of ones
+    cond:Tensor|None=None, # the prompt [B,T,D]
+    mask:Tensor|None=None, # which of its words are real [B,T]
+    uncond:Tensor|None=None, # the negative or empty prompt [B,U,D]; None: zeros under a mask of ones
+    uncond_mask:Tensor|None=None, # which of its words are real [B,U]
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
 )->Callable[[list[Tensor], Tensor], list[Tensor]]: # `denoiser(x, t) -> predictions` (arXiv 2207.12598)
     "Bind a model to its prompt and guidance."
@@ -121,8 +123,10 @@ def sample_steps(
     model, # `model(x, t, cond, mask, micros) -> predictions`, all on one device
     diffusion:Diffusion, # how it was trained
     size:int|tuple[int, int], # height and width of the highest resolution, or one number for both
-    cond:Tensor|None=None, mask:Tensor|None=None, # the prompts [B,T,D] and which words are real [B,T]
-    uncond:Tensor|None=None, uncond_mask:Tensor|None=None, # negative or empty prompts; None: zeros
+    cond:Tensor|None=None, # the prompts [B,T,D]
+    mask:Tensor|None=None, # which of their words are real [B,T]
+    uncond:Tensor|None=None, # negative or empty prompts [B,U,D]; None: zeros under a mask of ones
+    uncond_mask:Tensor|None=None, # which of their words are real [B,U]
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
     config:SampleConfig|None=None, # steps, guidance, eta, threshold; None: the defaults
     seeds:list[int]=(0,), # one seed per picture

@@ -189,7 +189,10 @@ class UNet(nn.Module):
     def middle(self,
         h:Tensor, # features at the bottom
         temb:Tensor, # time embedding
-        x:list[Tensor], t:Tensor, text:Text|None, micros:dict[str, Tensor], # what an inner doll would need; nothing here
+        x:list[Tensor], # noisy pictures of inner dolls; here there are none
+        t:Tensor, # steps, for inner dolls
+        text:Text|None, # the prompt, for inner dolls
+        micros:dict[str, Tensor], # micro-conditioning, for inner dolls
     )->tuple[list[Tensor], Tensor]: # predictions of inner dolls (none), features
         "What happens at the bottom of the U."
         for b in (self.mid_blocks if self.config.mid_blocks else []): h = b.block(0, h, temb, text)

@@ -79,6 +79,24 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r'\]\((?!\w+:|#)([^)\s#]+)', re.sub(r'```.*?```', '', readme(), flags=re.S))
     report([o for o in links if not (root/o).exists()], 'Links of README.md that lead nowhere')
 
+def blocks(lang): return re.findall(rf'^```{lang}\n(.*?)^```', readme(), flags=re.S | re.M)
+
+def test_readme_python_finds_what_it_imports():
+    for tree in map(ast.parse, blocks('python')):
+        for o in ast.walk(tree):
+            if isinstance(o, ast.ImportFrom): assert all(a.name == '*' or hasattr(importlib.import_module(o.module), a.name) for a in o.names), ast.unparse(o)
+
+def test_readme_commands_are_understood():
+    lines = [o.split('#')[0].split() for b in blocks('sh') for o in b.replace('\\\n', ' ').splitlines()]
+    targets = re.findall(r'^(\w+):', (root/'Makefile').read_text(), re.M)
+    for command, *args in filter(None, lines):
+        if command == 'make': assert set(args) <= set(targets), args
+        elif command.startswith('mdm_'):
+            assert f'{command}=mdm.' in settings['console_scripts'], command
+            if flags := {o.split('=')[0] for o in args if o.startswith('-')}:
+                known = run(command, '--help')
+                assert all(re.search(rf'(?<![\w-]){o}\b', known) for o in flags), f'{command} does not know all of {sorted(flags)}'
+
 def test_readme_maker(tmp_path):
     def nb(*cells):
         (tmp_path/'n.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type=t, source=s, outputs=o) for t, s, o in cells])))

@@ -1,0 +1,353 @@
+"The commands as people use and misuse them: what they write, what they say, and their exit codes."
+import io, json, re, subprocess, sys, tarfile
+from pathlib import Path
+import pytest, torch
+from PIL import Image
+from fastai.learner import Callback
+import mdm.all, mdm.cli as cli
+from mdm.callbacks import SkipNonFinite
+from mdm.checkpoint import load_checkpoint
+from mdm.cli import mdm_convert, mdm_dataset, mdm_demo, mdm_sample, mdm_train
+from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
+from mdm.pipeline import MDMPipeline
+
+commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
+tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
+    train.warmup_steps=2 train.log_every=2 train.save_every=4 train.preview_prompts=[] data.workers=0 sample.steps=2'''.split()
+prompt = 'a large red ring in the centre on a white background'
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return [str(p) for p in write_shapes(tmp_path_factory.mktemp('data'), 32, per_shard=16)]
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    "The output folder of a tiny training."
+    out = tmp_path_factory.mktemp('runs')/'tiny'
+    assert mdm_train(['shapes', *tiny, '--data', *data, '--output', str(out)]) == 0
+    return out
+
+@pytest.fixture
+def call(capsys):
+    "Call a command: its exit code, and what it printed to both streams."
+    def f(command, *args):
+        capsys.readouterr()
+        code = command(list(map(str, args)))
+        out, err = capsys.readouterr()
+        assert 'Traceback' not in out + err
+        return code, out, err
+    return f
+
+@pytest.fixture
+def refused(call):
+    "Call a command that must end with a message of its own for a user's mistake, and give that message."
+    def f(command, *args):
+        code, _, err = call(command, *args)
+        assert code == 2
+        last = err.split('\r')[-1].strip()
+        message = last[last.index(f'{command.__name__}: '):] if f'{command.__name__}: ' in last else last
+        assert '\n\n' not in message and len(message) > 20
+        return message
+    return f
+
+def steps(folder): return sorted(p.name for p in Path(folder).glob('step_*'))
+def weights(folder): return load_checkpoint(folder).weights()
+
+# ---- all of them
+
+@pytest.mark.parametrize('command', commands, ids=lambda o: o.__name__)
+def test_help(call, command):
+    code, out, err = call(command, '--help')
+    assert code == 0 and not err
+    assert out.startswith(f'usage: {command.__name__} ') and f'examples:\n  {command.__name__}' in out
+    assert 'None' not in out and '==SUPPRESS==' not in out
+
+@pytest.mark.parametrize('command', [mdm_train, mdm_sample, mdm_dataset, mdm_convert], ids=lambda o: o.__name__)
+def test_arguments_are_required(call, command):
+    code, _, err = call(command)
+    assert code == 2 and 'the following arguments are required' in err
+
+@pytest.mark.parametrize('command', commands, ids=lambda o: o.__name__)
+def test_unknown_options(refused, command):
+    args = dict(mdm_train=['shapes'], mdm_sample=['run', 'p'], mdm_dataset=['shapes', 'd'], mdm_convert=['a', 'b'], mdm_demo=[])[command.__name__]
+    assert 'unrecognized arguments: --nonsense' in refused(command, *args, '--nonsense')
+
+def test_help_as_a_program_is_light():
+    script = Path(sys.executable).parent/'mdm_train'
+    done = subprocess.run([script, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith('usage: mdm_train') and not done.stderr
+    assert all(k in done.stdout for k in ('shapes', 'pictures_64', 'cc12m_64x64', '--minutes', 'key=value'))
+    code = "import sys; from mdm.cli import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+def test_a_mistake_as_a_program(tmp_path):
+    done = subprocess.run([Path(sys.executable).parent/'mdm_train', 'shaqes'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith('mdm_train: ') and done.stderr.count('\n') == 1 and 'did you mean shapes?' in done.stderr
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError, match='shaqes'): mdm_train(['shaqes', '--debug'])
+
+def test_a_bug_is_not_hidden(monkeypatch, trained):
+    def broken(*args, **kwargs): raise KeyError('a bug')
+    monkeypatch.setattr(MDMPipeline, '__call__', broken)
+    with pytest.raises(KeyError, match='a bug'): mdm_sample([str(trained), prompt])
+
+def test_ctrl_c_while_sampling(monkeypatch, trained, call):
+    def stop(*args, **kwargs): raise KeyboardInterrupt()
+    monkeypatch.setattr(MDMPipeline, '__call__', stop)
+    code, _, err = call(mdm_sample, trained, prompt)
+    assert code == 130 and 'mdm_sample: stopped' in err
+
+def test_a_full_gpu(monkeypatch, trained, refused):
+    def full(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(MDMPipeline, '__call__', full)
+    assert '--batch-size' in refused(mdm_sample, trained, prompt)
+
+# ---- mdm_dataset
+
+def test_dataset(tmp_path, call):
+    code, out, _ = call(mdm_dataset, 'shapes', tmp_path/'d', '--n', 10, '--size', 16, '--seed', 3, '--per-shard', 4, '--held-out')
+    assert code == 0 and out.splitlines()[-1].startswith('3 shards') and 'mdm_train shapes --data' in out
+    assert sorted(p.name for p in (tmp_path/'d').iterdir()) == [f'shapes-{k:06d}.tar' for k in range(3)]
+    with tarfile.open(tmp_path/'d'/'shapes-000000.tar') as tar:
+        read = {m.name: tar.extractfile(m).read() for m in tar}
+    captions = [v.decode() for k, v in read.items() if k.endswith('.txt')]
+    assert captions == shapes_captions(4, seed=3) and all(held_out(parse_caption(c)) for c in captions)
+    assert Image.open(io.BytesIO(read['00000000.png'])).size == (16, 16)
+
+def test_dataset_mistakes(tmp_path, refused):
+    assert 'size_px=8' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--size', 8)
+    assert 'n=0' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 0)
+    assert 'invalid int value' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 'many')
+    assert "invalid choice: 'shops'" in refused(mdm_dataset, 'shops', tmp_path/'d')
+    write_shapes(tmp_path/'d', 4, per_shard=1)
+    assert 'earlier run' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 2)
+    (tmp_path/'file').write_text('mine')
+    assert 'file' in refused(mdm_dataset, 'shapes', tmp_path/'file', '--n', 2)
+
+# ---- mdm_train
+
+def test_train_writes_and_tells(data, tmp_path, call):
+    code, out, err = call(mdm_train, 'shapes', '--output', tmp_path/'run', *tiny, 'train.preview_prompts=[a red ring]', 'train.preview_every=3', '--data', *data)
+    assert code == 0
+    first, last = out.splitlines()
+    for part in ('shapes: 0.1 million weights', '32 and 16 pixels', '32 pictures in 2 files', 'batches of 4 on c', '6 steps', str(tmp_path/'run')): assert part in first
+    assert re.match(r'6 steps in \d+ s, [\d.]+ pictures/s; loss \d\.\d+ \(step 2\) to \d\.\d+ \(step 6\); checkpoint .*step_00000006\. Now try: mdm_sample .*run .a red ring.$', last)
+    assert '6/6' in err and re.search(r'loss \d\.\d+, \d+ pictures/s', err) and 'warning' not in err
+    assert steps(tmp_path/'run') == ['step_00000004', 'step_00000006'] and steps(tmp_path/'run'/'previews') == ['step_00000003.png', 'step_00000006.png']
+    saved = load_checkpoint(tmp_path/'run')
+    assert saved.step == 6 and saved.recipe.train.output == str(tmp_path/'run') and saved.recipe.data.files == data
+
+def test_same_seed_same_weights(data, trained, tmp_path, call):
+    assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'again')[0] == 0
+    assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'other', 'train.seed=1')[0] == 0
+    same, other = ([torch.equal(v, weights(tmp_path/d)[k]) for k, v in weights(trained).items()] for d in ('again', 'other'))
+    assert all(same) and not all(other)
+
+def test_overrides_anywhere(data, tmp_path, call):
+    code, out, _ = call(mdm_train, '--output', tmp_path/'run', 'shapes', *tiny, '--data', data[0], 'train.steps=3', '--minutes', 60, 'train.lr=1e-4')
+    assert code == 0 and '3 steps or 60 minutes' in out and '16 pictures in 1 file;' in out
+    assert load_checkpoint(tmp_path/'run').recipe.train.lr == 1e-4
+
+def test_minutes(data, tmp_path, call):
+    code, out, _ = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run', '--minutes', 1e-6)
+    assert code == 0 and steps(tmp_path/'run') == ['step_00000001'] and out.splitlines()[-1].startswith('1 steps')
+    assert (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('1,')
+
+@pytest.mark.parametrize('batches', [0, 3])
+def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call, batches):
+    class Stop(Callback):
+        order = 200
+        def before_batch(self):
+            if self.learn.steps == batches: raise KeyboardInterrupt()
+    monkeypatch.setattr(cli, 'time_limit', lambda minutes: Stop())
+    code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run', '--minutes', 1)
+    assert code == 130 and len(out.splitlines()) == 1
+    if batches:
+        assert re.search(r'mdm_train: stopped\. 3 steps in .* checkpoint .*step_00000003\.', err)
+        assert weights(tmp_path/'run') and (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('3,')
+    else:
+        assert 'nothing was saved' in err and not steps(tmp_path/'run')
+        monkeypatch.undo()
+        assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')[0] == 0     # nothing in the way of another try
+
+def test_validation(data, tmp_path, call):
+    write_shapes(tmp_path/'valid', 6, held_out=True)
+    code, _, err = call(mdm_train, 'shapes', *tiny, 'train.steps=16', 'train.save_every=100', '--data', *data, '--valid', tmp_path/'valid'/'*.tar', '--output', tmp_path/'run')
+    assert code == 0 and re.search(r'step 8: validation loss \d\.\d{4}', err)
+
+def test_warnings_are_one_line(data, tmp_path, call):
+    with tarfile.open(tmp_path/'odd.tar', 'w') as tar:
+        for name, content in [('a.png', b'no picture'), ('a.txt', b'caption')]:
+            member = tarfile.TarInfo(name); member.size = len(content); tar.addfile(member, io.BytesIO(content))
+    code, _, err = call(mdm_train, 'shapes', *tiny, 'train.steps=10', '--data', *data, tmp_path/'odd.tar', '--output', tmp_path/'run')
+    lines = [o for o in re.split(r'[\r\n]+', err) if 'warning' in o.lower()]
+    assert code == 0 and len(lines) == 1
+    assert re.fullmatch(r'mdm_train: warning: epoch 0 of the training data: skipped 1: .*cannot be decoded', lines[0].strip())
+
+def test_divergence(monkeypatch, data, tmp_path, refused):
+    monkeypatch.setattr(SkipNonFinite, 'after_loss', lambda self: (_ for _ in ()).throw(mdm.callbacks.CancelBatchException()))
+    assert 'train.lr' in refused(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')
+
+@pytest.mark.parametrize('args, said', [
+    (['shaqes'], "called 'shaqes'; did you mean shapes?"),
+    (['nowhere.yaml'], 'neither a preset nor a file'),
+    (['shapes', 'train.batchsize=8'], 'did you mean train.batch_size?'),
+    (['shapes', 'train.steps=many'], "train.steps: found 'many', expected"),
+    (['shapes', 'train.steps'], 'expected key=value'),
+    (['shapes', 'model.channels=[8,16'], "override 'model.channels=[8,16'"),
+    (['shapes', 'data.image_size=33'], 'data.image_size: found 33'),
+    (['shapes'], 'data.files is empty'),
+    (['shapes', '--data', 'nowhere/*.tar'], "no file matches 'nowhere/*.tar'"),
+    (['shapes', '--data', 'notes.txt'], 'neither a tar'),
+    (['shapes', '--data', 'notes.tar'], 'usable pictures'),
+    (['shapes', '--data', 'empty.tar'], 'hold no samples'),
+    (['shapes', '--minutes', '-1'], '--minutes: found -1'),
+    (['shapes', '--minutes', 'two'], 'invalid float value'),
+    (['shapes', 'text.encoder=nowhere/t5', '--data', 'DATA'], "the text encoder 'nowhere/t5' could not be loaded"),
+    (['shapes', 'model.inner_from=nowhere', '--data', 'DATA'], 'nowhere'),
+    (['shapes', 'train.batch_size=64', '--data', 'DATA'], 'lower the batch size'),
+    (['shapes', '--data', 'DATA', '--valid', 'nowhere.tar'], "no file matches 'nowhere.tar'"),
+    (['shapes', '--data', 'DATA', '--output', 'notes.txt'], 'notes.txt is a file'),
+    (['damaged.yaml'], 'damaged.yaml has 1 problem')], ids=lambda o: ' '.join(o)[:40] if isinstance(o, list) else '')
+def test_train_mistakes(monkeypatch, tmp_path, data, refused, args, said):
+    monkeypatch.chdir(tmp_path)
+    Path('notes.txt').write_text('mine'); Path('notes.tar').write_text('mine'); Path('damaged.yaml').write_text('model: [')
+    tarfile.open('empty.tar', 'w').close()
+    args = [o for a in args for o in (data if a == 'DATA' else [a])]
+    assert said in refused(mdm_train, *args, *(['train.batch_size=1', 'data.workers=0'] if 'notes.tar' in args else []))
+    assert Path('notes.txt').read_text() == 'mine' and not steps('runs/shapes')
+
+def test_an_earlier_training_is_safe(data, trained, tmp_path, call, refused):
+    out = tmp_path/'run'
+    start = ['shapes', *tiny, '--data', *data, '--output', str(out)]
+    assert call(mdm_train, *start)[0] == 0
+    (out/'notes.txt').write_text('mine'); (out/'best').mkdir()
+    before, log = weights(out/'step_00000006'), (out/'log.csv').read_text()
+    said = refused(mdm_train, *start, 'train.seed=1', 'train.steps=2')
+    assert str(out) in said and '--overwrite' in said and '--output' in said
+    refused(mdm_train, *start, '--overwrite', 'data.image_size=33')                   # a mistake elsewhere removes nothing
+    refused(mdm_train, *start, '--overwrite', '--data', 'nowhere.tar')
+    assert steps(out) == ['step_00000004', 'step_00000006'] and (out/'log.csv').read_text() == log
+    assert all(torch.equal(v, before[k]) for k, v in weights(out).items())
+    assert call(mdm_train, *start, '--overwrite', 'train.seed=1', 'train.steps=2')[0] == 0
+    assert steps(out) == ['step_00000002'] and (out/'notes.txt').read_text() == 'mine' and (out/'best').is_dir()
+    assert len((out/'log.csv').read_text().splitlines()) == 2
+
+# ---- mdm_sample
+
+def test_sample(trained, tmp_path, call):
+    code, out, err = call(mdm_sample, trained, prompt, '--n', 2, '--seed', 5, 'größer', '--every-resolution', '--guidance', 3, '--negative-prompt', 'blue', '--output', tmp_path)
+    assert code == 0 and str(tmp_path/'0001.png') in out and '2/2' in err
+    singles = sorted(p.name for p in (tmp_path/'0001').iterdir())
+    assert singles == sorted(f'{k:03d}_seed{5 + k}{low}.png' for k in range(4) for low in ('', '_16px'))
+    for k in range(4):
+        with Image.open(tmp_path/'0001'/f'{k:03d}_seed{5 + k}_16px.png') as small, Image.open(tmp_path/'0001'/f'{k:03d}_seed{5 + k}.png') as picture:
+            assert (picture.size, small.size) == ((32, 32), (16, 16)) and picture.text == small.text
+            told = picture.text
+            assert (told['prompt'], told['seed'], told['guidance'], told['steps'], told['negative_prompt'], told['checkpoint']) == ((prompt, 'größer')[k//2], str(5 + k), '3.0', '2', 'blue', str(trained))
+            again = MDMPipeline.from_pretrained(trained, device='cpu')(told['prompt'], n=1, seed=int(told['seed']), guidance=3., negative_prompt='blue')[0]   # what a picture tells makes it again
+            assert max(abs(a - b) for a, b in zip(again.tobytes(), picture.tobytes())) <= 1
+    with Image.open(tmp_path/'0001.png') as sheet: assert sheet.width > 8*100 and sheet.text['prompt'] == f'{prompt}\ngrößer'
+    first = (tmp_path/'0001.png').read_bytes()
+    assert call(mdm_sample, trained, prompt, '--n', 1, '--output', tmp_path)[0] == 0
+    assert (tmp_path/'0002.png').is_file() and (tmp_path/'0001.png').read_bytes() == first and len(list((tmp_path/'0002').iterdir())) == 1
+
+def test_sample_options(trained, tmp_path, call):
+    (tmp_path/'prompts.txt').write_text('\ufeffa red ring\n\n  a blue ring \r\n', encoding='utf-8')
+    out = tmp_path/'deep'/'one.png'
+    out.parent.mkdir(); out.write_text('an older one')                               # a file that was named is replaced
+    code, printed, err = call(mdm_sample, trained/'step_00000006', '--prompts-file', tmp_path/'prompts.txt', '--n', 1, '--eta', 'ddpm', '--threshold', 'dynamic',
+                              '--steps', 3, '--raw', '--device', 'cpu', '--batch-size', 1, '--output', out)
+    assert code == 0 and printed == f'{out}\n' and '6/6' in err and list(out.parent.iterdir()) == [out]
+    with Image.open(out) as sheet: assert sheet.text['prompt'] == 'a red ring\na blue ring' and sheet.text['eta'] == 'ddpm' and sheet.text['weights'] == 'raw'
+
+@pytest.mark.parametrize('args, said', [
+    (['nowhere', prompt], 'nowhere'),
+    (['EMPTY', prompt], 'no complete checkpoint'),
+    (['nowhere.pth', prompt], 'nowhere.pth'),
+    (['hostile.pth', prompt, '--recipe', 'shapes'], 'was not loaded'),
+    (['unknown.pth', prompt], 'Name its recipe'),
+    (['RUN'], 'no prompt'),
+    (['RUN', '--prompts-file', 'nowhere.txt'], 'no file nowhere.txt'),
+    (['RUN', '--prompts-file', 'blank.txt'], 'no prompt'),
+    (['RUN', '--prompts-file', 'picture.txt'], 'not UTF-8'),
+    (['RUN', prompt, '--n', '0'], 'n: found 0'),
+    (['RUN', prompt, '--n', 'four'], 'invalid int value'),
+    (['RUN', prompt, '--batch-size', '0'], 'batch_size: found 0'),
+    (['RUN', prompt, '--steps', '0'], 'sample.steps: found 0'),
+    (['RUN', prompt, '--steps', '5000'], 'sample.steps: found 5000'),
+    (['RUN', prompt, '--guidance', '-1'], 'sample.guidance'),
+    (['RUN', prompt, '--eta', 'lots'], "invalid eta_value value: 'lots'"),
+    (['RUN', prompt, '--eta', '-1'], 'sample.eta'),
+    (['RUN', prompt, '--threshold', 'hard'], "invalid choice: 'hard'"),
+    (['RUN', prompt, '--device', 'gpu'], '--device gpu'),
+    (['RUN', prompt, '--device', 'cuda:99'], '--device cuda:99'),
+    (['RUN', prompt, '--output', 'blank.txt'], 'blank.txt')], ids=lambda o: ' '.join(o)[:60] if isinstance(o, list) else '')
+def test_sample_mistakes(monkeypatch, tmp_path, trained, refused, args, said):
+    monkeypatch.chdir(tmp_path)
+    Path('blank.txt').write_text('\n \n'); Path('picture.txt').write_bytes(b'\x89PNG\xff\xfe'); Path('hostile.pth').write_text('no weights'); Path('unknown.pth').write_text('no weights')
+    assert said in refused(mdm_sample, *(dict(RUN=trained, EMPTY=tmp_path).get(a, a) for a in args))
+    assert not Path('samples').exists()
+
+# ---- mdm_convert
+
+def test_convert_there_and_back(trained, tmp_path, call):
+    assert call(mdm_convert, trained, tmp_path/'theirs'/'tiny.pth')[0] == 0
+    assert sorted(p.name for p in (tmp_path/'theirs').iterdir()) == ['tiny.pth', 'tiny.yaml']
+    (tmp_path/'ours').mkdir()                                                        # an empty folder is nobody's loss
+    assert call(mdm_convert, tmp_path/'theirs'/'tiny.pth', tmp_path/'ours')[0] == 0
+    back = weights(tmp_path/'ours')
+    assert all(torch.equal(v, back[k]) for k, v in weights(trained).items())
+    assert call(mdm_convert, tmp_path/'theirs'/'tiny.pth', tmp_path/'named', '--recipe', tmp_path/'theirs'/'tiny.yaml')[0] == 0
+
+def test_convert_loses_nothing(trained, tmp_path, refused):
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'photo.jpg').write_text('mine'); (tmp_path/'a.pth').write_text('mine'); (tmp_path/'b.yaml').write_text('mine')
+    for src, dst in [(tmp_path/'a.pth', 'mine'), (trained, 'a.pth'), (trained, 'b.pth')]: assert 'exists already' in refused(mdm_convert, src, tmp_path/dst)
+    assert {p.read_text() for p in (tmp_path/'mine'/'photo.jpg', tmp_path/'a.pth', tmp_path/'b.yaml')} == {'mine'} and not (tmp_path/'b.pth').exists()
+
+def test_convert_mistakes(trained, tmp_path, refused):
+    (tmp_path/'a.pth').write_text('no weights')
+    assert 'nowhere' in refused(mdm_convert, tmp_path/'nowhere', tmp_path/'new')
+    assert '.pth' in refused(mdm_convert, trained, tmp_path/'new')
+    assert 'Name its recipe' in refused(mdm_convert, tmp_path/'a.pth', tmp_path/'new')
+    assert 'was not loaded' in refused(mdm_convert, tmp_path/'a.pth', tmp_path/'new', '--recipe', 'shapes')
+    assert not (tmp_path/'new').exists()
+
+# ---- mdm_demo
+
+def test_demo(tmp_path, call):
+    out = tmp_path/'demo'
+    code, told, err = call(mdm_demo, '--output', out, *tiny, '--steps', 3, '--seed', 1)
+    assert code == 0 and '3/3' in err
+    results = json.loads((out/'samples'/'accuracy.json').read_text())
+    assert results['captions'] == 128 and set(results['accuracy']) == {'colour', 'shape', 'size', 'position', 'background', 'all'}
+    for k, v in results['accuracy'].items(): assert re.search(rf"^  {'all five' if k == 'all' else k} +{v:.1%}$", told, re.M)
+    for path in (out/'samples'/'grid.png', out/'run'/'step_00000003', out/'run'/'log.csv'): assert str(path) in told and path.exists()
+    with Image.open(out/'samples'/'grid.png') as grid: assert grid.width >= 8*128 and grid.height >= 6*128
+    with tarfile.open(out/'shapes'/'shapes-000000.tar') as tar: seen = [tar.extractfile(m).read().decode() for m in tar if m.name.endswith('.txt')]
+    assert len(seen) == 12 and not any(held_out(parse_caption(c)) for c in seen)
+    assert load_checkpoint(out/'run').recipe.train.seed == 1
+    (out/'mine.txt').write_text('mine')                                              # again: only its own is replaced
+    assert call(mdm_demo, '--output', out, *tiny, '--steps', 2)[0] == 0
+    assert steps(out/'run') == ['step_00000002'] and (out/'mine.txt').read_text() == 'mine'
+
+def test_demo_leaves_others_alone(tmp_path, refused):
+    (tmp_path/'samples').mkdir(); (tmp_path/'samples'/'photo.jpg').write_text('mine')
+    assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path, *tiny)
+    assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path/'samples'/'photo.jpg', *tiny)
+    assert (tmp_path/'samples'/'photo.jpg').read_text() == 'mine' and not (tmp_path/'run').exists()
+
+def test_demo_mistakes(tmp_path, refused):
+    assert 'train.steps: found 0' in refused(mdm_demo, '--output', tmp_path/'demo', '--steps', 0)
+    assert 'did you mean train.lr' in refused(mdm_demo, '--output', tmp_path/'demo', 'train.lrs=1')
+    assert not (tmp_path/'demo').exists()
+
+# ---- mdm.all
+
+def test_import_star():
+    namespace = {}
+    exec('from mdm.all import *', namespace)
+    contract = '''load_recipe create_model Diffusion sample create_text_encoder save_checkpoint load_checkpoint load_released mdm_learner MDMPipeline create_dls
+        mdm_train mdm_sample mdm_dataset mdm_convert mdm_demo'''.split()
+    assert not set(contract) - namespace.keys() and len(mdm.all.__all__) == len(set(mdm.all.__all__))
+    assert all((getattr(namespace[k], '__module__', None) or 'mdm').startswith('mdm') for k in mdm.all.__all__ if callable(namespace[k]))
