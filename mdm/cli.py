@@ -207,8 +207,9 @@ def run_training(
             learn.fit_steps()
     except KeyboardInterrupt as e:
         stopped = e
+        if hasattr(writers[0], 'rows'):                      # the fit had begun
+            for cb in writers: cb('after_fit')
         if not learn.steps: raise KeyboardInterrupt('stopped before the first step was done; nothing was saved') from None
-        for cb in writers: cb('after_fit')
     except RuntimeError as e:
         if not str(e).startswith('no step could be taken'): raise
         raise ValueError(f'{e}. The loss is not a number any more; a lower train.lr or a smaller train.grad_clip may help') from e

@@ -19,11 +19,11 @@ from webdataset import TarWriter
 
 # %% ../nbs/09_datasets.ipynb #97f95286
 colours   = dict(red=(225,35,35), yellow=(250,215,40), green=(40,165,70), blue=(40,75,225), purple=(175,45,185), white=(245,245,245), black=(20,20,20))
-shapes    = ['circle', 'square', 'triangle', 'cross', 'ring']
-sizes     = dict(small=4.75, large=7.75)   # half the width of a shape, in 1/32 of the picture's side
+shapes    = ['circle', 'triangle', 'cross', 'bar', 'pillar']
+sizes     = dict(small=7., large=10.4)   # half the width of a shape, in 1/32 of the picture's side
 positions = dict(centre=(0,0), top=(0,-1), bottom=(0,1), left=(-1,0), right=(1,0)) | {
     'top left':(-1,-1), 'top right':(1,-1), 'bottom left':(-1,1), 'bottom right':(1,1)}
-_offset   = 6.6                            # how far a shape is moved from the centre, in 1/32 of the side
+_offset   = 3.8                            # how far a shape is moved from the centre, in 1/32 of the side
 attributes = dict(colour=list(colours), shape=shapes, size=list(sizes), position=list(positions), background=list(colours))
 
 # %% ../nbs/09_datasets.ipynb #bee47bb7
@@ -64,10 +64,10 @@ def _glyph(kind, radius, fx=0, fy=0, up=8):
     im = Image.new('L', (n*up,n*up)); d = ImageDraw.Draw(im)
     box = lambda a,b: (x-a, y-b, x+a-1, y+b-1)
     if kind=='circle':   d.ellipse(box(r,r), 255)
-    if kind=='square':   d.rectangle(box(r,r), 255)
     if kind=='triangle': d.polygon([(x-r,y+r-1), (x+r-1,y+r-1), (x,y-r)], 255)
-    if kind=='cross':    d.rectangle(box(r,.36*r), 255); d.rectangle(box(.36*r,r), 255)
-    if kind=='ring':     d.ellipse(box(r,r), 255); d.ellipse(box(.5*r,.5*r), 0)
+    if kind=='cross':    d.rectangle(box(r,.33*r), 255); d.rectangle(box(.33*r,r), 255)
+    if kind=='bar':      d.rectangle(box(r,.45*r), 255)
+    if kind=='pillar':   d.rectangle(box(.45*r,r), 255)
     return im.reduce(up)
 
 # %% ../nbs/09_datasets.ipynb #22c0f740
@@ -211,10 +211,11 @@ def write_shapes(
 # %% ../nbs/09_datasets.ipynb #65903ec0
 @lru_cache
 def _templates():
-    "Masks [K,20,20] of every shape at three radii around each size, and the (shape, size) of each"
+    "Masks [K,26,26] of every shape at three radii around each size, sharp and blurred, and the (shape, size) of each"
     sets = [(kind, size, round(4*r)+3*d) for kind in shapes for size,r in sizes.items() for d in (-1,0,1)]
     masks = [torch.from_numpy(np.array(_glyph(kind,r))/255).float() for kind,_,r in sets]
-    return torch.stack([F.pad(m, [(20-len(m))//2]*4) for m in masks]), [o[:2] for o in sets]
+    sharp = torch.stack([F.pad(m, [(26-len(m))//2]*4) for m in masks])
+    return torch.cat([sharp, F.avg_pool2d(sharp, 3, 1, 1)]), [o[:2] for o in sets]*2
 
 def _palette(x, besides=None):
     "Index of the colour nearest to each row of x [B,3], other than `besides` [B]"
@@ -247,11 +248,11 @@ def _judge(x):
     "Attributes of x [B,3,32,32]"
     (back,b,mask),(t,kinds) = _mask(x), _templates()
     size = t.pow(2).sum((1,2))
-    best = F.conv2d(mask[:,None], t[:,None], bias=-size/2, padding=4).flatten(1).argmax(-1)            # [B,K,21,21] -> [B] step 3
-    k,i,j = best//441, best//21%21, best%21
+    best = F.conv2d(mask[:,None], t[:,None], bias=-size/2, padding=4).flatten(1).argmax(-1)            # [B,K,15,15] -> [B] step 3
+    k,i,j = best//225, best//15%15, best%15
     d = F.pad(x-b[...,None,None], [4]*4)
-    c = b + torch.stack([(o[:,i:i+20,j:j+20]*t[k]).sum((1,2))/size[k] for o,k,i,j in zip(d,k,i,j)])    # [B,3] step 4
-    nearest = lambda o: int(o-10>_offset/2) - int(o-10<-_offset/2)
+    c = b + torch.stack([(o[:,i:i+26,j:j+26]*t[k]).sum((1,2))/size[k] for o,k,i,j in zip(d,k,i,j)])    # [B,3] step 4
+    nearest = lambda o: int(o-7>_offset/2) - int(o-7<-_offset/2)
     names,place = list(colours), {v:k for k,v in positions.items()}
     return [Shape(names[c], *kinds[k], place[nearest(j),nearest(i)], names[b]) for c,k,i,j,b in zip(*(o.tolist() for o in (_palette(c,back),k,i,j,back)))]
 

@@ -38,7 +38,7 @@ class TrainConfig:
     batch_size: PositiveInt = 32              # pictures per process and forward pass
     accumulate: PositiveInt = 1               # forward passes per optimiser step
     lr: PositiveFloat = 5e-5                  # learning rate after the warm-up
-    optimizer: Literal['adamw', 'adam'] = 'adamw' # they differ only in how they decay weights
+    optimizer: Literal['adamw', 'adam', 'muon'] = 'adamw' # adam decays weights through the gradient; muon needs fewer, longer steps
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[Fraction, Fraction] = (.9, .999) # memory of Adam's mean and of its mean square
     warmup_steps: NonNegativeInt = 0          # steps over which the learning rate rises linearly from 0

@@ -14,7 +14,7 @@ from mdm.pipeline import MDMPipeline
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
     train.warmup_steps=2 train.log_every=2 train.save_every=4 train.preview_prompts=[] data.workers=0 sample.steps=2'''.split()
-prompt = 'a large red ring in the centre on a white background'
+prompt = 'a large red cross in the centre on a white background'
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): return [str(p) for p in write_shapes(tmp_path_factory.mktemp('data'), 32, per_shard=16)]
@@ -140,7 +140,8 @@ def test_train_writes_and_tells(data, tmp_path, call):
 def test_same_seed_same_weights(data, trained, tmp_path, call):
     assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'again')[0] == 0
     assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'other', 'train.seed=1')[0] == 0
-    same, other = ([torch.equal(v, weights(tmp_path/d)[k]) for k, v in weights(trained).items()] for d in ('again', 'other'))
+    first, again, other = map(weights, (trained, tmp_path/'again', tmp_path/'other'))
+    same, other = ([torch.equal(v, o[k]) for k, v in first.items()] for o in (again, other))
     assert all(same) and not all(other)
 
 def test_overrides_anywhere(data, tmp_path, call):

@@ -169,7 +169,7 @@ def test_judge_ignores_a_stray_blob():
 
 def test_a_ghost_is_not_its_colour():
     "A tenth of white on black is black to the eye: no white shape"
-    s = Shape('white', 'square', 'large', 'centre', 'black')
+    s = Shape('white', 'bar', 'large', 'centre', 'black')
     ghost = Image.blend(Image.new('RGB', (32,32), colours['black']), draw(s), .1)
     assert judge(ghost).colour!='white' and judge(ghost).background=='black'
 
@@ -216,7 +216,7 @@ def test_wrong_numbers_of_pictures():
     with pytest.raises(ValueError, match='2 pictures but 3 captions'): prompt_accuracy(pictures[:2], captions)
     with pytest.raises(ValueError, match='no pictures'): prompt_accuracy([], [])
     with pytest.raises(ValueError, match='square'): prompt_accuracy([Image.new('RGB', (64,32))], captions[:1])
-    with pytest.raises(ValueError, match='no size'): prompt_accuracy(pictures[:1], ['a red ring at the top on a black background'])
+    with pytest.raises(ValueError, match='no size'): prompt_accuracy(pictures[:1], ['a red cross at the top on a black background'])
 
 # contact sheets
 
