@@ -71,7 +71,9 @@ def save_checkpoint(
     step:int=0, # optimiser steps taken
     **extra, # anything that JSON can hold, to find in `Checkpoint.extra`
 )->Path: # the folder
-    "Write a checkpoint, as a whole or not at all."
+    "Write a checkpoint, as a whole or not at all. Raises `FileExistsError` rather than replace a folder that is no checkpoint."
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder)/'state.json').is_file():
+        raise FileExistsError(f'{folder} holds something that is not a checkpoint, which would be lost: choose another folder.')
     weights = {'model.safetensors': model_state} | ({'raw.safetensors': raw_state} if raw_state is not None else {})
     with atomic_folder(folder) as new:
         for name, state in weights.items(): save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new/name, metadata={'format': 'pt'})

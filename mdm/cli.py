@@ -194,7 +194,6 @@ def run_training(
     if not overwrite: refuse_earlier_run(out)
     dls = create_dls(recipe.data, recipe.train.batch_size, replace(recipe.data, files=list(valid)) if valid else None, seed=recipe.train.seed)
     learn = mdm_learner(dls, recipe)
-    learn.steps = 0
     print(opening_line(learn, minutes), flush=True)
     remove_earlier_run(out)
     torch.manual_seed(recipe.train.seed)
@@ -210,9 +209,6 @@ def run_training(
         if hasattr(writers[0], 'rows'):                      # the fit had begun
             for cb in writers: cb('after_fit')
         if not learn.steps: raise KeyboardInterrupt('stopped before the first step was done; nothing was saved') from None
-    except RuntimeError as e:
-        if not str(e).startswith('no step could be taken'): raise
-        raise ValueError(f'{e}. The loss is not a number any more; a lower train.lr or a smaller train.grad_clip may help') from e
     line, learn.seconds = closing_line(learn, time.perf_counter() - start), time.perf_counter() - start
     if stopped and not isinstance(stopped, TimeIsUp): raise KeyboardInterrupt(f'stopped. {line}') from None
     print(line, flush=True)
@@ -355,7 +351,7 @@ def mdm_sample(
 )->int: # exit code
     "The command that makes pictures."
     parser = make_parser('mdm_sample', 'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds its prompt, seed and settings.',
-        "mdm_sample runs/shapes 'a large red ring in the centre on a white background'\n"
+        "mdm_sample runs/shapes 'a large red cross in the centre on a white background'\n"
         "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --every-resolution\n"
         "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='output folder of mdm_train (its newest checkpoint), one checkpoint, or a released .pth file')

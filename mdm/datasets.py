@@ -65,7 +65,7 @@ def _glyph(kind, radius, fx=0, fy=0, up=8):
     box = lambda a,b: (x-a, y-b, x+a-1, y+b-1)
     if kind=='circle':   d.ellipse(box(r,r), 255)
     if kind=='triangle': d.polygon([(x-r,y+r-1), (x+r-1,y+r-1), (x,y-r)], 255)
-    if kind=='cross':    d.rectangle(box(r,.33*r), 255); d.rectangle(box(.33*r,r), 255)
+    if kind=='cross':    d.rectangle(box(r,.26*r), 255); d.rectangle(box(.26*r,r), 255)
     if kind=='bar':      d.rectangle(box(r,.45*r), 255)
     if kind=='pillar':   d.rectangle(box(.45*r,r), 255)
     return im.reduce(up)

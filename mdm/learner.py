@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if p not in self.state: self.state[p] = dict(step=0, mean=torch.zeros_like(p), **({} if self.is_matrix(p) else dict(square=torch.zeros_like(p))))
                 self.state[p]['step'] += 1
-            torch._foreach_mul_(params, 1 - group['lr']*group['weight_decay'])
+            if group['weight_decay']: torch._foreach_mul_(params, 1 - group['lr']*group['weight_decay'])
             torch._foreach_lerp_([self.state[p]['mean'] for p in params], [p.grad for p in params], 1 - group['betas'][0])
             for kind, change in ((True, self.muon), (False, self.adam)):
                 if chosen := [p for p in params if self.is_matrix(p) == kind]: change(chosen, group)

@@ -450,7 +450,7 @@ def to_reference(
         reader_config=dict(image_size=recipe.data.image_size, smaller_side_size=recipe.data.image_size, random_crop=recipe.data.crop == 'random',
                            max_caption_length=recipe.text.max_chars, max_token_length=recipe.text.max_tokens, shuffle_buffer_size=recipe.data.shuffle, num_readers=recipe.data.workers),
         text_model=recipe.text.encoder, use_lm_mask=1, batch_size=t.batch_size, num_training_steps=t.steps, lr=t.lr, warmup_steps=t.warmup_steps, gradient_clip_norm=t.grad_clip,
-        fp16=int(t.bf16), num_gradient_accumulations=t.accumulate, use_adamw=t.optimizer == 'adamw', weight_decay=t.weight_decay, log_freq=t.log_every, save_freq=t.save_every,
+        fp16=int(t.bf16), num_gradient_accumulations=t.accumulate, use_adamw=t.optimizer != 'adam', weight_decay=t.weight_decay, log_freq=t.log_every, save_freq=t.save_every,
         seed=t.seed, output_dir=t.output)
 
 # %% ../nbs/10_recipe.ipynb #bffa8e41

@@ -7,7 +7,7 @@ from mdm.checkpoint import (Inert, UnsafeCheckpoint, atomic_folder, convert, fin
 from mdm.nested_unet import create_model
 from mdm.recipe import load_recipe, to_reference
 
-tiny = ['model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
+tiny = ['model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
         'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
-tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
+tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
     train.warmup_steps=2 train.log_every=2 train.save_every=4 train.preview_prompts=[] data.workers=0 sample.steps=2'''.split()
 prompt = 'a large red cross in the centre on a white background'
 

@@ -105,7 +105,8 @@ def test_to_reference_is_understood(name):
     values, bad, ignored = translate(theirs)
     again = build_recipe(values, strict=False)
     assert bad == ignored == [] and (again.model, again.diffusion, again.name) == (recipe.model, recipe.diffusion, recipe.name)
-    for k in ('lr', 'batch_size', 'steps', 'warmup_steps', 'grad_clip', 'optimizer', 'bf16', 'accumulate', 'log_every', 'save_every', 'output', 'seed'): assert getattr(again.train, k) == getattr(recipe.train, k)
+    for k in ('lr', 'batch_size', 'steps', 'warmup_steps', 'grad_clip', 'bf16', 'accumulate', 'log_every', 'save_every', 'output', 'seed'): assert getattr(again.train, k) == getattr(recipe.train, k)
+    assert again.train.optimizer == {'muon': 'adamw'}.get(recipe.train.optimizer, recipe.train.optimizer)     # Muon is unknown there
     assert (again.data.image_size, again.data.crop, again.data.shuffle, again.text.encoder) == (recipe.data.image_size, recipe.data.crop, recipe.data.shuffle, recipe.text.encoder)
 
 def test_to_reference_refuses_what_it_cannot_say():
@@ -134,7 +135,7 @@ def test_every_value_is_checked_and_every_key_suggested(name):
 
 @pytest.mark.parametrize('place,value,expected', [
     ('train.batch_size', '8', 'a valid integer'), ('train.batch_size', 8.5, 'integer'), ('train.batch_size', True, 'integer'), ('train.batch_size', None, 'integer'), ('train.bf16', 1, 'boolean'),
-    ('train.lr', float('nan'), 'number'), ('train.lr', float('inf'), 'finite'), ('train.lr', 0, 'greater than 0'), ('train.betas', [.9], 'missing'), ('train.betas', [.9, 1.], 'less than 1'), ('train.optimizer', 'sgd', "'adamw' or 'adam'"),
+    ('train.lr', float('nan'), 'number'), ('train.lr', float('inf'), 'finite'), ('train.lr', 0, 'greater than 0'), ('train.betas', [.9], 'missing'), ('train.betas', [.9, 1.], 'less than 1'), ('train.optimizer', 'sgd', "'adamw', 'adam' or 'muon'"),
     ('train.preview_prompts', 'a dog', 'list'), ('train.preview_prompts', [1], 'string'), ('model.channels', [32, '32'], 'integer'), ('model.micro_conditioning', {'scale': 'x'}, 'number'), ('train', 0, 'mapping'), ('model', None, 'mapping'), ('model', [1], 'mapping'),
     ('name', 3, 'string'), ('diffusion.schedule', 'linear', "'deepfloyd'"), ('sample.threshold', 'hard', "'dynamic'"), ('data.crop', 'left', "'center' or 'random'")])
 def test_types(place, value, expected):
