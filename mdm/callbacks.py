@@ -195,7 +195,7 @@ class StepLog(Every):
         if not self.path.exists(): self.path.write_text(','.join(self.columns) + '\n')
         self.rows, self.pictures, self.start = [], 0, time.perf_counter()
         self.since = self.start
-        self.bar = tqdm(total=self.total, initial=self.learn.steps, unit='step', dynamic_ncols=True) if self.total else None
+        self.bar = tqdm(total=self.total, initial=getattr(self.learn, 'steps', 0), unit='step', dynamic_ncols=True) if self.total else None
     def after_step(self):
         self.rows.append(torch.stack([self.learn.loss.detach(), *(l.detach().mean() for l in self.loss_func.last.per_scale)]))
         self.pictures += find_bs(self.yb)
