@@ -136,6 +136,16 @@ class MDMLearner(Learner):
         model.train(training)
         return pipe
 
+    def fit(self,
+        *args, # as for fastai's `fit`: number of epochs, learning rate, ...
+        **kwargs, # likewise
+    ):
+        "fastai's `fit`; however it ends, half precision ends with it."
+        try: super().fit(*args, **kwargs)
+        finally:
+            for cb in self.cbs:
+                if isinstance(cb, BFloat16): cb.after_loss()
+
     def fit_steps(self,
         n:int|None=None, # stop when the model has taken this many optimizer steps in all; None: as in the recipe
         lr:float|None=None, # learning rate after the warm-up; None: as in the recipe
