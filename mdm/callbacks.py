@@ -77,7 +77,7 @@ class DiffusionLoss:
 class BFloat16(Callback):
     "Run model and loss under bfloat16 autocast, on CPU or GPU."
     order = 4
-    def before_fit(self): self.stack = ExitStack()
+    def __init__(self): self.stack = ExitStack()
     def before_batch(self): self.stack.enter_context(torch.autocast(self.dls.device.type, dtype=torch.bfloat16))
     def after_loss(self): self.stack.close()
     def after_cancel_batch(self): self.stack.close()
