@@ -9,6 +9,7 @@ cp.read(here/'settings.ini', encoding='utf-8')
 cfg = cp['DEFAULT']
 
 readme = here/'README.md'
+extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}   # data, app, eval, log, dev
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
@@ -17,7 +18,7 @@ setup(
     packages=find_packages(include=['mdm', 'mdm.*']), package_data={'mdm': ['presets/*.yaml']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={**extras, 'dev': sum(extras.values(), [])},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

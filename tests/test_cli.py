@@ -4,10 +4,13 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from fastai.learner import Callback
-import mdm.all, mdm.cli as cli
+import mdm.all
+from mdm import cli_dataset, cli_sample, cli_train, command
 from mdm.callbacks import SkipNonFinite
 from mdm.checkpoint import load_checkpoint
-from mdm.cli import mdm_convert, mdm_dataset, mdm_demo, mdm_sample, mdm_train
+from mdm.cli_dataset import mdm_dataset
+from mdm.cli_sample import mdm_convert, mdm_demo, mdm_sample
+from mdm.cli_train import mdm_train
 from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
 
@@ -76,7 +79,7 @@ def test_help_as_a_program_is_light():
     done = subprocess.run([script, '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith('usage: mdm_train') and not done.stderr
     assert all(k in done.stdout for k in ('shapes', 'pictures_64', 'cc12m_64x64', '--minutes', 'key=value'))
-    code = "import sys; from mdm.cli import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mdm.cli_sample import *; from mdm.cli_train import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
 def test_a_mistake_as_a_program(tmp_path):
@@ -160,7 +163,7 @@ def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call, batches):
         order = 200
         def before_batch(self):
             if self.learn.steps == batches: raise KeyboardInterrupt()
-    monkeypatch.setattr(cli, 'time_limit', lambda minutes: Stop())
+    monkeypatch.setattr(cli_train, 'time_limit', lambda minutes: Stop())
     code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run', '--minutes', 1)
     assert code == 130 and len(out.splitlines()) == 1
     if batches:

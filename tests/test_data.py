@@ -1,4 +1,4 @@
-"Data: what a reader of nbs/08_data.ipynb should not have to read."
+"Data: what a reader of nbs/09_data.ipynb should not have to read."
 import gzip, io, os, pickle, random, tarfile, threading, warnings
 from collections import Counter
 
