@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'sections', 'TrainConfig', 'Recipe', 'RecipeError', 'valid_keys', 'nearest', 'unknown_key', 'explain',
-           'read_section', 'complaints', 'check_doll', 'read_model', 'check_recipe', 'build_recipe', 'recipe_dict',
-           'save_recipe', 'from_reference', 'is_reference', 'translate', 'to_reference', 'presets', 'read_source',
-           'apply_overrides', 'load_recipe']
+           'read_section', 'complaints', 'check_doll', 'read_model', 'starts', 'check_recipe', 'build_recipe',
+           'recipe_dict', 'save_recipe', 'from_reference', 'is_reference', 'translate', 'to_reference', 'presets',
+           'read_source', 'apply_overrides', 'load_recipe']
 
 # %% ../nbs/14_recipe.ipynb #1b0b7ad6
 import json, re, warnings
@@ -38,18 +38,27 @@ class TrainConfig:
     batch_size: PositiveInt = 32              # pictures per process and forward pass
     accumulate: PositiveInt = 1               # forward passes per optimiser step
     lr: PositiveFloat = 5e-5                  # learning rate after the warm-up
-    optimizer: Literal['adamw', 'adam', 'muon'] = 'adamw' # adam decays weights through the gradient; muon needs fewer, longer steps
+    optimizer: Literal['adamw', 'adam', 'muon', 'sgd', 'rmsprop', 'radam', 'qhadam', 'larc', 'lamb', 'ranger'] = 'adamw' # muon needs fewer, longer steps; from sgd on: fastai's
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[Fraction, Fraction] = (.9, .999) # memory of Adam's mean and of its mean square
     warmup_steps: NonNegativeInt = 0          # steps over which the learning rate rises linearly from 0
-    lr_schedule: Literal['constant', 'cosine'] = 'constant' # after the warm-up: stay, or fall to 0 along a cosine
+    lr_schedule: Literal['constant', 'cosine', 'one_cycle'] = 'constant' # after the warm-up: stay, or fall to 0 along a cosine; one_cycle: up and down in cosines, with no other warm-up
     grad_clip: PositiveFloat|None = 2.        # longest gradient (its norm over all weights); null: any
     ema_decay: Fraction = .9999               # memory of the moving average of the weights
+    ema_decays: list[Fraction] = field(default_factory=list) # memories of further averages, kept beside it
     bf16: bool = False                        # compute in bfloat16 where that is safe (autocast)
     channels_last: bool = False               # keep the channels of a pixel next to each other in memory
+    activation_checkpointing: bool = False    # compute activations again in the backward pass rather than keep them: less memory, more time
+    compile: bool = False                     # let torch.compile make the network faster, after a minute or more of compiling
+    fsdp: bool = False                        # several processes share weights and optimiser state (fully sharded) instead of holding a copy each
+    freeze_inner_steps: NonNegativeInt = 0    # first steps in which the dolls of model.inner_from stay as they are
     caption_dropout: Fraction = .1            # share of captions blanked, for guidance
+    max_nonfinite: PositiveInt = 20           # losses in a row that are no number before the training stops
     log_every: PositiveInt = 50               # steps between two lines of the log
+    loggers: list[Literal['tensorboard', 'wandb']] = field(default_factory=list) # where the log goes besides log.csv
     save_every: PositiveInt = 5_000           # steps between two checkpoints
+    keep: PositiveInt = 3                     # newest checkpoints that stay
+    keep_every: PositiveInt|None = None       # every checkpoint whose step is a multiple of this stays, too
     preview_every: PositiveInt = 5_000        # steps between two sheets of sample pictures
     preview_prompts: list[str] = field(default_factory=list) # what to draw there; none: no previews
     seed: int = 0                             # of weights, order of pictures, and noise
@@ -198,6 +207,12 @@ def read_model(
     return (None if problems or more else doll), more + problems
 
 # %% ../nbs/14_recipe.ipynb #4136eb99
+def starts(
+    model:UNetConfig, # a model's configuration
+)->list[str]: # checkpoints, from the outermost doll inwards
+    "The checkpoints that a model's dolls start from."
+    return [p for p in (model.inner_from, *starts(model.inner)) if p] if isinstance(model, NestedUNetConfig) else []
+
 def check_recipe(
     model:UNetConfig|None=None, # a section that could not be read is None, and not looked at
     **parts, # the other sections by name
@@ -233,7 +248,12 @@ def check_recipe(
         unit, least = scales[0]*2**(len(inner.channels) - 1), scales[0]*8
         problems += complaints(data, 'data', [(data.image_size % unit or data.image_size < least, 'image_size',
             f'a multiple of {unit} that is at least {least}, for a model of scales {scales} with {len(inner.channels)} levels in the innermost doll')])
-    if train: problems += complaints(train, 'train', [(train.warmup_steps > train.steps, 'warmup_steps', f'no more than train.steps = {train.steps}')])
+    if train: problems += complaints(train, 'train', [
+        (train.warmup_steps > train.steps, 'warmup_steps', f'no more than train.steps = {train.steps}'),
+        (train.lr_schedule == 'one_cycle' and train.warmup_steps, 'warmup_steps', '0: train.lr_schedule = one_cycle has a warm-up of its own'),
+        (train.fsdp and train.optimizer == 'muon', 'optimizer', 'another one: muon needs whole matrices, and train.fsdp splits them'),
+        (len({train.ema_decay, *train.ema_decays}) <= len(train.ema_decays), 'ema_decays', f'numbers that differ from each other and from train.ema_decay = {train.ema_decay}')])
+    if train and model: problems += complaints(train, 'train', [(train.freeze_inner_steps and not starts(model), 'freeze_inner_steps', '0, or a trained doll to freeze: name its checkpoint in model.inner_from')])
     if sample: problems += complaints(sample, 'sample', [
         (sample.steps < 1 or d and sample.steps > d.num_steps, 'steps', 'a number above 0' + (f' and up to diffusion.num_steps = {d.num_steps}' if d else '')),
         (sample.eta is not None and sample.eta < 0, 'eta', '0 or more, or null for DDPM'), (sample.guidance < 0, 'guidance', '0 or more')])
