@@ -27,16 +27,26 @@ parts = ('CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE')      # files at the top t
 
 # ---- formulas
 
-_spelling = [(r'\\tfrac', r'\\frac'), (r'\\(big|Big|bigg)[lr]?(?![a-z])', ''), (r'\\le(?![a-z])', r'\\leq'), (r'\\ge(?![a-z])', r'\\geq'), (r'\\[lr]Vert', r'\\|'), (r'\\!', ''),
-             (r'\\text(?![a-z])', r'\\mathrm'), (r'\\lvert|\\rvert', '|'), (r'\\(?:operatorname|mathop)(?![a-z])', r'\\mathrm'), (r'\\(?:dots|ldots)(?![a-z])', r'\\ldots'),
-             (r'\\frac\s*(\w|\\[a-z]+)\s*(\w|\\[a-z]+)', r'\\frac{\1}{\2}'), (r'\\(sqrt|mathcal|mathbb|mathbf)\s*(\w|\\[a-z]+)', r'\\\1{\2}')]   # what matplotlib spells otherwise
+_one = r'\s*(?!\s*{)(\\[a-zA-Z]+|\w)'        # an argument without braces
+_spelling = [(a, b) for a, b in (o.split(' -> ') for o in r"""\\begin\{cases\}(.*?)\\end\{cases\} -> \\left\\{\\substack{\1}\\right.
+\\tfrac -> \\frac
+\\([bB]igg?)[lr]?(?![a-z]) -> 
+\\le(?![a-z]) -> \\leq
+\\ge(?![a-z]) -> \\geq
+\\[lr]Vert -> \\|
+\\[lr]vert -> |
+\\! -> 
+\\(text|operatorname)(?![a-z]) -> \\mathrm
+\\dots(?![a-z]) -> \\ldots
+& -> \\quad """.splitlines())] + [(rf'\\(d?)frac{_one}', r'\\\1frac{\2}'), (rf'\\(d?)frac(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}){_one}', r'\\\1frac\2{\3}'), (rf'\\(sqrt|mathcal|mathbb|mathbf){_one}', r'\\\1{\2}')]   # what matplotlib spells otherwise
+
 _font, _math = FontProperties(math_fontfamily='cm'), MathTextParser('path')
 _letters = {1: 'M', 2: 'L', 3: 'Q', 4: 'C', 79: 'Z'}
 
 @lru_cache(None)
 def formula(tex, block=False):
     "LaTeX as an SVG in the colour of the text; as code where matplotlib does not know it."
-    known = ' '.join(tex.split())
+    known = ' '.join(tex.split()).replace(*(('\\frac', '\\dfrac') if block else ('', '')))
     for a, b in _spelling: known = re.sub(a, b, known)
     try:
         w, h, depth = map(float, _math.parse(f'${known}$', 72, FontProperties(size=100, math_fontfamily='cm'))[:3])

@@ -80,9 +80,11 @@ def test_parameters_are_shown():
     assert '<td>no docment</td>' not in got
     got = exported('@dataclass\nclass A:\n    "An a."\n    b: list = field(default_factory=list) # items\n    def c(self): "Says c."\n    def _d(self): "Hidden."\n')
     for o in ('id="a"', '<td>items</td>', '<code>[]</code>', 'id="a.c"', 'Says c.'): assert o in got, o
-    assert 'id="a._d"' not in got and 'imports' in exported('import os\nfrom re import sub')
+    assert '<p>Hidden' not in got and 'imports' in exported('import os\nfrom re import sub')
 
-def test_formulas(): assert '<svg' in formula(r'\sqrt\gamma\,\tfrac12') and 'class="tex"' in formula(r'\nosuchthing')
+def test_formulas():
+    for tex in (r'\sqrt\gamma\,\tfrac12', r'\frac1{1-e^{-\eta}}', r'\big\|x\big\|\le\lVert y\rVert', r'\begin{cases}a&b\\c&d\end{cases}'): assert '<svg' in formula(tex), tex
+    assert 'class="tex"' in formula(r'\nosuchthing')
 
 def test_title_cells_hold_nothing_else():
     report([p.name for p in notebooks if not re.fullmatch(r'# .+\n+> .+\s*', text(cells(p)[0]['source']))], 'nbdev takes the whole first cell as front matter: title and description stand alone in it')
