@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from .layers import Attention, ResNet, TextBlock, masked_mean, time_features, zero_init
 
 # %% ../nbs/03_unet.ipynb #16dcde32
@@ -45,7 +46,7 @@ class Level(nn.Module):
         stride:int|None=None, # size change at the end: 2 halves, 1 doubles, None keeps
     ):
         super().__init__()
-        self.num_attention, self.stride = num_attention, stride
+        self.num_attention, self.stride, self.recompute = num_attention, stride, False
         self.resnets = nn.ModuleList(ResNet(c, c_out, time_dim, config.num_groups, config.dropout) for c in c_ins)
         if num_attention: self.attn = nn.ModuleList(Attention(c_out, text_dim, config.num_heads, config.attention_ffn)
                                                     for _ in range(num_attention*len(c_ins)))
@@ -58,6 +59,16 @@ class Level(nn.Module):
         text:'Text|None', # the prompt
     )->Tensor: # features [B,c_out,H,W]
         "ResNet number `i` and its attention blocks."
+        if self.recompute and torch.is_grad_enabled(): return checkpoint(self.compute, i, x, temb, text, use_reentrant=False)
+        return self.compute(i, x, temb, text)
+
+    def compute(self,
+        i:int, # as for `block`
+        x:Tensor, # as for `block`
+        temb:Tensor, # as for `block`
+        text:'Text|None', # as for `block`
+    )->Tensor: # features [B,c_out,H,W]
+        "What `block` does, whether its activations are kept or not."
         x = self.resnets[i](x, temb)
         for j in range(self.num_attention):
             x = self.attn[i*self.num_attention + j](x, *((text.words, text.mask) if text else ()))
@@ -129,6 +140,16 @@ class UNet(nn.Module):
             self.up_blocks.append(level(i, c_ins, 1 if i else None))
         self.norm_out = nn.GroupNorm(c.num_groups, width)
         self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
+
+    @property
+    def activation_checkpointing(self)->bool: # False unless it was set
+        "Keep only the inputs of each block for the backward pass, and compute what is in between again (arXiv 1604.06174)."
+        return any(o.recompute for o in self.modules() if isinstance(o, Level))
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on):
+        for o in self.modules():
+            if isinstance(o, Level): o.recompute = on
 
     @property
     def scales(self)->list[int]: # [1]: one resolution
