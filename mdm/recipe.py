@@ -256,7 +256,9 @@ def check_recipe(
     if train and model: problems += complaints(train, 'train', [(train.freeze_inner_steps and not starts(model), 'freeze_inner_steps', '0, or a trained doll to freeze: name its checkpoint in model.inner_from')])
     if sample: problems += complaints(sample, 'sample', [
         (sample.steps < 1 or d and sample.steps > d.num_steps, 'steps', 'a number above 0' + (f' and up to diffusion.num_steps = {d.num_steps}' if d else '')),
-        (sample.eta is not None and sample.eta < 0, 'eta', '0 or more, or null for DDPM'), (sample.guidance < 0, 'guidance', '0 or more')])
+        (sample.eta < 0, 'eta', '0 or more'), (sample.eta > 0 and sample.solver != 'ddim', 'eta', f"0: only sample.solver = 'ddim' takes a share of fresh noise, and it is {sample.solver!r}"),
+        (sample.guidance < 0, 'guidance', '0 or more'), (not 0 <= sample.guidance_rescale <= 1, 'guidance_rescale', 'a number from 0 to 1'),
+        (not 0 <= sample.guidance_interval[0] < sample.guidance_interval[1] <= 1, 'guidance_interval', 'two numbers from 0 (clean) to 1 (noise), the smaller one first')])
     return problems
 
 # %% ../nbs/14_recipe.ipynb #504367de
@@ -269,7 +271,8 @@ def build_recipe(
     "A checked recipe. Raises `RecipeError` with every problem that it has."
     depth, inner, problems = 0, values.get('model'), list(problems)
     while isinstance(inner, dict) and 'inner' in inner: depth, inner = depth + 1, inner['inner']
-    keys = valid_keys(depth)
+    keys, drawn = valid_keys(depth), values.get('sample')
+    if isinstance(drawn, dict) and drawn.get('eta', 0) is None: values = {**values, 'sample': {'solver': 'ddpm', **{k: v for k, v in drawn.items() if k != 'eta'}}}   # as DDPM was written once
     problems += [unknown_key(k, keys, v) for k, v in values.items() if k not in ('name', 'model', *sections)]
     if not isinstance(name := values.get('name', source), str): problems.append(f'name: found {name!r}, expected a valid string')
     if 'model' not in values: model, bad = None, ['model: missing, expected a mapping with channels, num_resnets and num_attention_layers at least']

@@ -6,6 +6,7 @@ import pytest, torch, yaml
 from mdm.nested_unet import NestedUNetConfig, create_model, model_scales
 from mdm.recipe import (Recipe, RecipeError, TrainConfig, build_recipe, check_recipe, from_reference, is_reference, load_recipe, nearest, presets,
     recipe_dict, save_recipe, to_reference, translate, valid_keys)
+from mdm.sampler import SampleConfig
 from mdm.unet import UNetConfig
 
 here = Path(__file__).parent
@@ -163,7 +164,9 @@ def test_inner_decides_the_kind():
     ('diffusion.num_steps', 1, 'at least 2'), ('diffusion.beta_start', 0, 'between'), ('diffusion.beta_end', 1e-5, 'beta_start'), ('diffusion.rescale_signal', 0, 'above 0'), ('diffusion.output_scale', -1, '0'),
     ('text.dim', 0, 'above 0'), ('text.max_tokens', 0, 'above 0'), ('data.image_size', 17, 'multiple of 2'), ('data.image_size', 4, 'at least 8'), ('data.image_size', 0, 'above 0'), ('data.workers', -1, '0 or more'), ('data.shuffle', -1, '0 or more'), ('data.epoch_size', 0, 'above 0'),
     ('train.warmup_steps', 101, 'no more than train.steps = 100'), ('train.warmup_steps', -1, 'greater'), ('train.lr', -1e-3, 'greater than 0'), ('train.ema_decay', 1., 'less than 1'), ('train.caption_dropout', -.1, 'greater'),
-    ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'above 0'), ('sample.eta', -1., 'DDPM'), ('sample.guidance', -1., '0 or more')])
+    ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'above 0'), ('sample.eta', -1., '0 or more'), ('sample.guidance', -1., '0 or more'),
+    ('sample.guidance_rescale', 1.1, '0 to 1'), ('sample.guidance_interval', [.5, .5], 'the smaller one first'), ('sample.guidance_interval', [0., 2.], 'from 0 (clean) to 1'),
+    ('sample.solver', 'euler', "'ddim', 'ddpm', 'dpm++2m' or 'unipc'"), ('sample.spacing', 'karras', "'uniform', 'trailing' or 'logsnr'")])
 def test_combinations(place, value, expected):
     bad = problems(with_(place, value))
     assert any(p.startswith(f'{place}: found ') and expected in p for p in bad), bad
@@ -176,6 +179,11 @@ def test_combinations_of_dolls(change, place, expected):
     assert build_recipe(nested())
     bad = problems(nested(**change))
     assert len(bad) == 1 and bad[0].startswith(place) and expected in bad[0], bad
+
+def test_eta_belongs_to_ddim():
+    assert 'only sample.solver' in problems({**nested(), 'sample': dict(solver='unipc', eta=.5)})[0]
+    assert build_recipe({**nested(), 'sample': dict(eta=None, steps=7)}).sample == SampleConfig(steps=7, solver='ddpm')      # recipes of old
+    assert build_recipe({**nested(), 'sample': dict(eta=None, solver='unipc')}).sample.solver == 'unipc'
 
 def test_what_is_allowed():
     assert build_recipe(nested(freeze_inner=True, inner_from='a.pth')).model.freeze_inner
