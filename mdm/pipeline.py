@@ -146,9 +146,9 @@ class MDMPipeline:
         what:str='the picture', # its name in the error
     )->Image.Image: # the picture; raises ValueError when it is not as large as the model's
         "Refuse a picture of another size than the model's."
-        size, picture = self.recipe.data.image_size, open_picture(picture)
+        size, name, picture = self.recipe.data.image_size, '' if isinstance(picture, Image.Image) else f' {picture}', open_picture(picture)
         if picture.size == (size, size): return picture
-        raise ValueError(f'{what} has {picture.width} x {picture.height} pixels, and the model draws {size} x {size}: crop and resize it first (ImageOps.fit of Pillow does both)')
+        raise ValueError(f'{what}{name} has {picture.width} x {picture.height} pixels, and the model draws {size} x {size}: crop and resize it first (ImageOps.fit of Pillow does both)')
 
     @delegates(__call__, but='given')
     def upscale(self,

@@ -1,7 +1,8 @@
 "The commands as people use and misuse them: what they write, what they say, and their exit codes."
 import io, json, re, subprocess, sys, tarfile
 from pathlib import Path
-import pytest, torch
+from typing import get_args
+import numpy as np, pytest, torch
 from PIL import Image
 from fastai.learner import Callback
 import mdm.all
@@ -13,6 +14,7 @@ from mdm.cli_sample import mdm_convert, mdm_demo, mdm_sample
 from mdm.cli_train import mdm_train
 from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
+from mdm.sampler import SampleConfig
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
@@ -263,7 +265,35 @@ def test_sample_options(trained, tmp_path, call):
     code, printed, err = call(mdm_sample, trained/'step_00000006', '--prompts-file', tmp_path/'prompts.txt', '--n', 1, '--eta', 'ddpm', '--threshold', 'dynamic',
                               '--steps', 3, '--raw', '--device', 'cpu', '--batch-size', 1, '--output', out)
     assert code == 0 and printed == f'{out}\n' and '6/6' in err and list(out.parent.iterdir()) == [out]
-    with Image.open(out) as sheet: assert sheet.text['prompt'] == 'a red ring\na blue ring' and sheet.text['eta'] == 'ddpm' and sheet.text['weights'] == 'raw'
+    with Image.open(out) as sheet: assert sheet.text['prompt'] == 'a red ring\na blue ring' and sheet.text['solver'] == 'ddpm' and sheet.text['weights'] == 'raw'
+
+def test_sample_tells_everything(trained, tmp_path, call):
+    config = dict(steps='4', guidance='2.5', solver='dpm++2m', eta='0.0', threshold='dynamic', spacing='logsnr', guidance_interval='(0.1, 0.9)', guidance_rescale='0.5')
+    code, _, _ = call(mdm_sample, trained, prompt, '--n', 1, '--steps', 4, '--guidance', 2.5, '--solver', 'dpm++2m', '--spacing', 'logsnr', '--threshold', 'dynamic', '--guidance-interval', .1, .9,
+                      '--guidance-rescale', .5, '--output', tmp_path/'one.png')
+    with Image.open(tmp_path/'one.png') as sheet: assert code == 0 and {k: sheet.text[k] for k in config} == config
+
+def test_choices_are_the_configs(call):
+    said = call(mdm_sample, '--help')[1]
+    for k in ('solver', 'spacing', 'threshold'): assert f"--{k} {{{','.join(get_args(SampleConfig.__annotations__[k]))}}}" in said
+
+def test_sample_tools(trained, tmp_path, call):
+    assert call(mdm_sample, trained, prompt, '--n', 1, '--every-resolution', '--output', tmp_path)[0] == 0
+    large, small, mask = tmp_path/'0001'/'000_seed0.png', tmp_path/'0001'/'000_seed0_16px.png', tmp_path/'mask.png'
+    half = Image.new('L', (32, 32)); half.paste(255, (16, 0, 32, 32)); half.save(mask)
+    pixels = lambda path: np.asarray(Image.open(path)).astype(int)
+    def made(*args):
+        folder = tmp_path/str(len(list(tmp_path.iterdir())))
+        code, _, err = call(mdm_sample, trained, prompt, '--n', 1, '--seed', 7, '--every-resolution', '--output', folder, *args)
+        assert code == 0, err
+        return folder/'0001'/'000_seed7.png', folder/'0001'/'000_seed7_16px.png'
+    up, held = made('--upscale', str(small))
+    assert (pixels(held) == pixels(small)).all() and Image.open(up).size == (32, 32) and Image.open(up).text['upscale'] == str(small)
+    begun, _ = made('--image', str(large), '--strength', '.5')
+    assert (pixels(begun) != pixels(large)).any() and Image.open(begun).text['strength'] == '0.5'
+    painted, _ = made('--image', str(large), '--mask', str(mask), '--repeats', '2')
+    assert (pixels(painted)[:, :16] == pixels(large)[:, :16]).all() and (pixels(painted)[:, 16:] != pixels(large)[:, 16:]).any()
+    assert {k: Image.open(painted).text[k] for k in ('image', 'mask', 'repeats')} == dict(image=str(large), mask=str(mask), repeats='2')
 
 @pytest.mark.parametrize('args, said', [
     (['nowhere', prompt], 'nowhere'),
@@ -283,6 +313,24 @@ def test_sample_options(trained, tmp_path, call):
     (['RUN', prompt, '--guidance', '-1'], 'sample.guidance'),
     (['RUN', prompt, '--eta', 'lots'], "invalid eta_value value: 'lots'"),
     (['RUN', prompt, '--eta', '-1'], 'sample.eta'),
+    (['RUN', prompt, '--eta', '.5', '--solver', 'unipc'], "only sample.solver = 'ddim'"),
+    (['RUN', prompt, '--solver', 'euler'], "invalid choice: 'euler'"),
+    (['RUN', prompt, '--guidance-interval', '.9', '.1'], 'the smaller one first'),
+    (['RUN', prompt, '--guidance-interval', '.9'], 'expected 2 arguments'),
+    (['RUN', prompt, '--guidance-rescale', '2'], 'sample.guidance_rescale: found 2.0'),
+    (['RUN', prompt, '--ema', '.5'], '0.5'),
+    (['RUN', prompt, '--upscale', 'nowhere.png'], 'no picture nowhere.png'),
+    (['RUN', prompt, '--upscale', 'picture.txt'], 'picture.txt is not a picture'),
+    (['RUN', prompt, '--upscale', 'odd.png'], 'resize it to 16 x 16'),
+    (['RUN', prompt, '--image', 'odd.png'], 'odd.png has 20 x 10 pixels, and the model draws 32 x 32'),
+    (['RUN', prompt, '--image', 'good.png', '--mask', 'odd.png'], 'the mask odd.png has 20 x 10'),
+    (['RUN', prompt, '--image', 'good.png', '--strength', '0'], 'strength: found 0.0'),
+    (['RUN', prompt, '--image', 'good.png', '--strength', '.01'], 'strength 0.01 leaves nothing'),
+    (['RUN', prompt, '--image', 'good.png', '--mask', 'good.png', '--repeats', '0'], 'repeats: found 0'),
+    (['RUN', prompt, '--image', 'good.png', '--repeats', '2'], '--repeats says something about --mask'),
+    (['RUN', prompt, '--strength', '.5'], '--strength says something about --image'),
+    (['RUN', prompt, '--mask', 'good.png'], '--mask says something about --image'),
+    (['RUN', prompt, '--upscale', 'good.png', '--image', 'good.png'], 'do not go together'),
     (['RUN', prompt, '--threshold', 'hard'], "invalid choice: 'hard'"),
     (['RUN', prompt, '--device', 'gpu'], '--device gpu'),
     (['RUN', prompt, '--device', 'cuda:99'], '--device cuda:99'),
@@ -290,6 +338,7 @@ def test_sample_options(trained, tmp_path, call):
 def test_sample_mistakes(monkeypatch, tmp_path, trained, refused, args, said):
     monkeypatch.chdir(tmp_path)
     Path('blank.txt').write_text('\n \n'); Path('picture.txt').write_bytes(b'\x89PNG\xff\xfe'); Path('hostile.pth').write_text('no weights'); Path('unknown.pth').write_text('no weights')
+    Image.new('RGB', (20, 10)).save('odd.png'); Image.new('RGB', (32, 32)).save('good.png')
     assert said in refused(mdm_sample, *(dict(RUN=trained, EMPTY=tmp_path).get(a, a) for a in args))
     assert not Path('samples').exists()
 
