@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'TRIES', 'WAIT', 'BLOCK', 'redact', 'is_remote', 'filesystem', 'explain', 'patiently', 'FileInfo',
-           'file_info', 'list_files', 'find_files', 'split_pattern', 'RemoteFile', 'open_file', 'beside', 'read_rows',
-           'read_manifest', 'download']
+           'file_info', 'exists', 'list_files', 'find_files', 'split_pattern', 'RemoteFile', 'open_file', 'beside',
+           'read_rows', 'read_manifest', 'download']
 
 # %% ../nbs/08_storage.ipynb #28e2afc3
 import base64,csv,errno,fsspec,hashlib,io,json,os,posixpath,re,threading,time
@@ -13,7 +13,7 @@ from braceexpand import braceexpand
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import lru_cache,partial
+from functools import lru_cache
 from glob import escape,glob,has_magic
 from itertools import count
 from pathlib import Path
@@ -96,6 +96,13 @@ class FileInfo:
     modified:float|None=None # time of the last change, in seconds since 1970
     md5:str|None=None # MD5 sum of the content, in hexadecimal digits
 
+    @property
+    def remote(self)->bool: return is_remote(self.path) # whether it is not on this machine
+    @property
+    def name(self)->str: return os.path.basename(self.path.split('?')[0] if self.remote else self.path) # without folders and query
+    @property
+    def key(self)->str: return hashlib.sha256(f'{redact(self.path)} {self.size} {self.tag}'.encode()).hexdigest()[:16] # changes when the file does
+
 def file_info(
     path, # path or address of a file
 )->FileInfo: # size and so on
@@ -103,6 +110,13 @@ def file_info(
     if is_remote(path): return _info(path, patiently(lambda: filesystem(path).info(path), path))
     s = os.stat(path)
     return FileInfo(str(path), s.st_size, str(s.st_mtime_ns), s.st_mtime)
+
+def exists(
+    path, # path or address
+)->bool: # whether there is such a file
+    "Is it there? Raises `PermissionError`, `ConnectionError`."
+    try: return bool(file_info(path))
+    except FileNotFoundError: return False
 
 def _info(path, d):
     if d.get('type') == 'directory': raise FileNotFoundError(errno.ENOENT, 'it is a folder, write /*.tar behind it', redact(path))
@@ -344,8 +358,7 @@ def _copy(info, target, stop, bar):
     "Bytes fetched; 0 when it was there."
     if target.is_file() and _same(info, target): return 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f'{redact(info.path)} {info.size} {info.tag}'.encode()).hexdigest()[:12]
-    partial,sums,fetched = target.with_name(f'.{target.name}.{key}.part'),[],0
+    partial,sums,fetched = target.with_name(f'.{target.name}.{info.key}.part'),[],0
     for old in target.parent.glob(f'.{escape(target.name)}.*.part'):
         if old != partial or info.size is None or old.stat().st_size > info.size: old.unlink()
     while True:

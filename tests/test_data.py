@@ -263,9 +263,9 @@ def test_each_sample_goes_to_one_reader(tmp_path, world, workers, sizes):
     for epoch in range(2):
         got = []
         for k in range(n):
-            s = stream(files, train=False, world=world)
+            s = stream(files, rank=k // workers, train=False, world=world)
             s.epoch = epoch
-            got += [c for _, c, _ in s._pictures(k, n, Counter())]
+            got += [c for _, c, _ in s._pictures('reader', s.bookmark(k % workers, workers), Counter())]
         assert sorted(got) == sorted(names(range(sum(sizes))))
     shares = [b - a for a, b in (s.share(k, n) for k in range(n))]
     assert max(shares) - min(shares) <= 1
