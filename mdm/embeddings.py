@@ -14,11 +14,10 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from .text import TextConfig, TextEncoder, check_prompts, create_text_encoder, pad_prompts
 from .storage import beside, find_files
 from .data import Skip, get_caption, rank_and_world
-from .shards import add_sample, attempt, count_promised, find_tars, load_manifest, read_samples, whole_file, write_manifest
+from .shards import add_sample, attempt, count_promised, find_tars, load_manifest, read_samples, whole_file, with_bar, write_manifest
 
 # %% ../nbs/13_embeddings.ipynb #f028a25c
 def weight_files(
@@ -97,10 +96,10 @@ def embed_shards(
     if old and (why := encoder_differences(e := old['embeddings'], note) or (f"half {e['half']} and {note['half']}" if e['half'] != note['half'] else '')): raise FileExistsError(f'{folder} holds embeddings of another encoder ({why}): choose another folder, or remove it')
     m = {'format':1, 'complete':False, 'shards':{}, 'skipped':{}, **(old or {}), 'command':command, 'embeddings':note}
     folder.mkdir(parents=True, exist_ok=True)
-    for o in folder.glob('.*.tar.*.part'): o.unlink()
+    for o in (*folder.glob('.*.tar.*.part'), *folder.glob('.manifest.json.*.part')): o.unlink()   # of a run that was killed
     write_manifest(folder, m)
     todo = [t for t in tars if not _is_done(m['shards'].get(names[t]), folder/names[t], t)]
-    with tqdm(desc='captions', total=count_promised(todo), unit=' captions', disable=not bar) as progress:
+    with with_bar(None, 'captions', count_promised(todo), bar) as progress:
         for t in todo:
             samples, damage = _embed_tar(t, folder/names[t], encoder, batch_size, progress)
             m['shards'][names[t]] = {'samples':samples, 'bytes':(folder/names[t]).stat().st_size, 'from_bytes':os.path.getsize(t)}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'REPORT', 'KEPT', 'PICTURE_FILES', 'FILE_COLUMNS', 'CAPTION_COLUMNS', 'NOT_THERE', 'TWICE', 'UNREADABLE',
-           'whole_file', 'write_manifest', 'load_manifest', 'ShardWriter', 'add_sample', 'prepare_picture', 'make_key',
-           'pick_column', 'read_metadata', 'spelling', 'list_folder', 'key_fraction', 'ordered_map', 'folder_sample',
-           'attempt', 'write_folder', 'refuse_empty', 'find_tars', 'read_samples', 'count_promised', 'split_shards',
-           'shared_embeddings', 'check_sample', 'inspect_shards', 'histogram', 'describe_shards']
+           'whole_file', 'write_manifest', 'load_manifest', 'ShardWriter', 'skip_detail', 'add_sample',
+           'prepare_picture', 'make_key', 'pick_column', 'read_metadata', 'spelling', 'list_folder', 'key_fraction',
+           'ordered_map', 'with_bar', 'folder_sample', 'attempt', 'write_folder', 'refuse_empty', 'find_tars',
+           'read_samples', 'count_promised', 'split_shards', 'shared_embeddings', 'check_sample', 'inspect_shards',
+           'histogram', 'describe_shards']
 
 # %% ../nbs/11_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, random, re, tarfile, unicodedata
@@ -88,7 +89,7 @@ class ShardWriter:
         self.manifest.update(command=command, **(extra or {}))
         self.shards, self.position, self.skipped = self.manifest['shards'], self.manifest['position'], Counter(self.manifest['skipped'])
         self.samples, self.tar = 0, None
-        for o in self.folder.glob(f'.{name}-*.part'): o.unlink()
+        for o in (*self.folder.glob(f'.{name}-*.part'), *self.folder.glob(f'.{MANIFEST}.*.part')): o.unlink()   # of a run that was killed
         self.report = open(self.folder/REPORT, 'ab')
         if not old: write_manifest(self.folder, self.manifest)
         self.report.truncate(self.manifest['report_bytes'])
@@ -116,7 +117,7 @@ class ShardWriter:
         if place < self.position: return
         if isinstance(outcome, Skip):
             self.skipped[str(outcome)] += 1
-            self._report(label, str(outcome), ' '.join(str(outcome.__cause__ or '').split())[:200])
+            self._report(label, str(outcome), skip_detail(outcome))
         elif outcome is not None: self._write(outcome)
         self.position = place + 1
         if self.samples >= self.per_shard or self.tar and self.file.tell() >= self.max_bytes: self._close_shard()
@@ -154,6 +155,12 @@ class ShardWriter:
             self._note(complete=True)
         elif self.tar: self.open.__exit__(kind, error, traceback)
         self.report.close()
+
+def skip_detail(
+    skip:Skip, # why something was skipped
+)->str: # one line, perhaps empty
+    "What caused a `Skip`."
+    return ' '.join(re.sub(r'<[^<>]* at 0x\w+>', '', str(skip.__cause__ or '')).split())[:200]
 
 def add_sample(
     tar:tarfile.TarFile, # a tar that is being written
@@ -285,7 +292,17 @@ def ordered_map(
             ahead.append(pool.submit(f, x))
             if len(ahead) > 2*workers: yield ahead.popleft().result()
         while ahead: yield ahead.popleft().result()
-    finally: pool.shutdown(cancel_futures=True)
+    finally: pool.shutdown(wait=False, cancel_futures=True)
+
+def with_bar(
+    items, # anything iterable, or None
+    what:str, # is counted
+    total:int|None, # how many there will be
+    show:bool=True, # False: without a bar
+    done:int=0, # how many an earlier run has done
+): # the same items, from a `tqdm`
+    "A progress bar with the rate."
+    return tqdm(items, what, total, initial=done, unit=f' {what}', **({} if show else {'disable':True}))
 
 def folder_sample(
     folder:str|Path, # the folder of pictures
@@ -328,7 +345,7 @@ def write_folder(
     items, seen = list_folder(pictures)
     with ShardWriter(folder, name, dict(kind='folder', source=seen, resize=resize), per_shard, max_bytes, command) as w:
         work = lambda o: attempt(folder_sample, pictures, *o, resize)
-        for o in tqdm(ordered_map(work, items[w.position:], workers), 'pictures', len(items), initial=w.position, unit=' pictures', disable=not bar):
+        for o in with_bar(ordered_map(work, items[w.position:], workers), 'pictures', len(items), bar, w.position):
             w.add(w.position, o, items[w.position][0])
     return refuse_empty(w.manifest, pictures)
 
@@ -400,7 +417,7 @@ def split_shards(
     with ExitStack() as stack:
         sides = [stack.enter_context(ShardWriter(Path(folder,o), o, settings, per_shard, max_bytes, command, extra)) for o in ('train','valid')]
         start = min(o.position for o in sides)
-        for n,tar,s in tqdm(read_samples(tars, start), 'samples', count_promised(tars), initial=start, unit=' samples', disable=not bar):
+        for n,tar,s in with_bar(read_samples(tars, start), 'samples', count_promised(tars), bar, start):
             skip = isinstance(s, Skip)
             valid = not skip and key_fraction(s['__key__']) < percent/100
             for o,mine in zip(sides, (not valid, valid)): o.add(n, s if mine else None, tar)
@@ -440,10 +457,10 @@ def inspect_shards(
     tars, rng, shown, bad, keys, good = find_tars(patterns), random.Random(0), [], [], Counter(), 0
     kinds, sides, lengths, embedded = Counter(), Counter(), Counter(), 0
     look = lambda o: (*o, o[2] if isinstance(o[2], Skip) else attempt(check_sample, o[2]))
-    for n,tar,sample,o in tqdm(ordered_map(look, read_samples(tars), workers), 'samples', count_promised(tars), unit=' samples', disable=not bar):
+    for n,tar,sample,o in with_bar(ordered_map(look, read_samples(tars), workers), 'samples', count_promised(tars), bar):
         if not isinstance(sample, Skip): keys[sample['__key__']] += 1
         if isinstance(o, Skip):
-            bad.append((tar, '' if isinstance(sample, Skip) else sample['__key__'], str(o), ' '.join(str(o.__cause__ or '').split())[:200]))
+            bad.append((tar, '' if isinstance(sample, Skip) else sample['__key__'], str(o), skip_detail(o)))
             continue
         good, embedded = good+1, embedded+o['embedded']
         for c,k in ((kinds,'kind'), (lengths,'length')): c[o[k]] += 1
