@@ -107,28 +107,6 @@ def test_a_full_gpu(monkeypatch, trained, refused):
     monkeypatch.setattr(MDMPipeline, '__call__', full)
     assert '--batch-size' in refused(mdm_sample, trained, prompt)
 
-# ---- mdm_dataset
-
-def test_dataset(tmp_path, call):
-    code, out, _ = call(mdm_dataset, 'shapes', tmp_path/'d', '--n', 10, '--size', 16, '--seed', 3, '--per-shard', 4, '--held-out')
-    assert code == 0 and out.splitlines()[-1].startswith('3 shards') and 'mdm_train shapes --data' in out
-    assert sorted(p.name for p in (tmp_path/'d').iterdir()) == [f'shapes-{k:06d}.tar' for k in range(3)]
-    with tarfile.open(tmp_path/'d'/'shapes-000000.tar') as tar:
-        read = {m.name: tar.extractfile(m).read() for m in tar}
-    captions = [v.decode() for k, v in read.items() if k.endswith('.txt')]
-    assert captions == shapes_captions(4, seed=3) and all(held_out(parse_caption(c)) for c in captions)
-    assert Image.open(io.BytesIO(read['00000000.png'])).size == (16, 16)
-
-def test_dataset_mistakes(tmp_path, refused):
-    assert 'size_px=8' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--size', 8)
-    assert 'n=0' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 0)
-    assert 'invalid int value' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 'many')
-    assert "invalid choice: 'shops'" in refused(mdm_dataset, 'shops', tmp_path/'d')
-    write_shapes(tmp_path/'d', 4, per_shard=1)
-    assert 'earlier run' in refused(mdm_dataset, 'shapes', tmp_path/'d', '--n', 2)
-    (tmp_path/'file').write_text('mine')
-    assert 'file' in refused(mdm_dataset, 'shapes', tmp_path/'file', '--n', 2)
-
 # ---- mdm_train
 
 def test_train_writes_and_tells(data, tmp_path, call):
