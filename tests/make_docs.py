@@ -5,6 +5,7 @@ Pages need nothing from elsewhere: formulas are drawn by matplotlib as SVG, pict
 """
 import ast, html, io, os, posixpath, re, shutil, sys, tokenize
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 import yaml
 from execnb.nbio import mk_cell, read_nb
@@ -163,6 +164,12 @@ def output(o):
     if 'text/markdown' in data: return markdown(data['text/markdown'])
     return f"<pre>{ansi2html(data.get('text/plain', ''))}</pre>"
 
+def merged(outs):
+    "Printed pieces that follow each other on the same stream, as one."
+    for _, group in groupby(enumerate(outs), lambda o: o[1].get('name', o[0])):
+        group = [o for _, o in group]
+        yield group[0] if len(group) == 1 else dict(group[0], text=''.join(text(o['text']) for o in group))
+
 def cell_html(cell):
     "A cell of a processed notebook."
     if cell.cell_type == 'raw': return ''
@@ -170,7 +177,7 @@ def cell_html(cell):
     option = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*?)\s*$', cell.source, re.M))
     source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
     code = getattr(cell, 'shown', None) or (fold('code', source) if option.get('code-fold') == 'true' else f'<div class="code">{python(source)}</div>' if source else '')
-    outs = '' if option.get('output') == 'false' else ''.join(output(o) for o in cell.get('outputs', []))
+    outs = '' if option.get('output') == 'false' else ''.join(map(output, merged(cell.get('outputs', []))))
     return ('' if option.get('echo') == 'false' else code) + (f'<div class="output">{outs}</div>' if outs else '')
 
 # ---- pages
