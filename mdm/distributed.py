@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distributed_setup', 'distributed_end', 'is_main', 'together', 'barrier', 'broadcast_object', 'gather_objects',
            'all_true', 'any_true', 'mean_over_ranks', 'rank_seed', 'unwrapped', 'full_model_state', 'load_model_state',
-           'full_optimizer_state', 'load_optimizer_state', 'shard', 'InStep', 'DistributedTrainer']
+           'full_optimizer_state', 'load_optimizer_state', 'shard', 'RankLoader', 'DistributedTrainer']
 
 # %% ../nbs/19_distributed.ipynb #feb60599
 import atexit, os
@@ -15,16 +15,17 @@ import torch
 import torch.distributed as dist
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Callback
-from fastai.torch_core import default_device, find_bs
+from fastai.torch_core import default_device, find_bs, to_detach
 from fastcore.basics import GetAttr
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 from .data import rank_and_world
 from .layers import Attention, ResNet, TextBlock
+from .optimizers import spread_like
 
 # %% ../nbs/19_distributed.ipynb #fb91d8f1
 def distributed_setup(
@@ -119,9 +120,7 @@ def _whole(t):
     t = t.detach().full_tensor()
     return t.cpu() if is_main() else None
 
-def _spread(t, like):
-    if not isinstance(like, DTensor) or not isinstance(t, Tensor) or t.shape != like.shape: return t
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def _spread(t, like): return spread_like(t, like) if isinstance(t, Tensor) and t.shape == like.shape else t
 
 def full_model_state(
     model:nn.Module, # plain, wrapped or sharded
@@ -168,16 +167,19 @@ def shard(
         if isinstance(block, (ResNet, Attention, TextBlock)): fully_shard(block)
     return fully_shard(model)
 
-class InStep(GetAttr):
-    "A loader that ends when the first process has no more batches."
+class RankLoader(GetAttr):
+    "This process's loader; it may be told to end together with those of the other processes."
     _default = 'dl'
     def __init__(self,
-        dl, # this process's loader
-    ): self.dl = dl
+        dl, # a loader
+        together:bool=True, # end as soon as any process has no more batches
+    ): self.dl, self.together = dl, together
     def __len__(self): return len(self.dl)
     def __iter__(self):
+        if not self.together: yield from self.dl; return
         batches = iter(self.dl)
         while all_true((b := next(batches, None)) is not None): yield b
+    def to_detach(self, b, cpu=True, gather=False): return to_detach(b, cpu, gather=False)     # fastai's own asks the other processes, batch by batch
 
 # %% ../nbs/19_distributed.ipynb #175781e0
 class DistributedTrainer(Callback):
@@ -191,10 +193,9 @@ class DistributedTrainer(Callback):
 
     def before_train(self):
         if self.fsdp and not isinstance(self.learn.model, FSDPModule): self.shard()
-        self.learn.dl = InStep(self.learn.dl)
+        self.learn.dl = RankLoader(self.learn.dl)
 
-    def before_validate(self):
-        if self.fsdp: self.learn.dl = InStep(self.learn.dl)
+    def before_validate(self): self.learn.dl = RankLoader(self.learn.dl, self.fsdp)
 
     def shard(self):
         "Shard model and moving averages, and hand the optimizer the new weights."
