@@ -84,7 +84,7 @@ def comments(source):
 
 def arguments(node, said):
     "(name, type, default, comment) of each parameter, and of the result."
-    a, text = node.args, lambda o: ast.unparse(o) if o else ''
+    a, text = node.args, lambda o: '' if o is None else o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) and not o in node.args.defaults + node.args.kw_defaults else ast.unparse(o)
     plain = [*a.posonlyargs, *a.args]
     pairs = [*zip(plain, [None]*(len(plain) - len(a.defaults)) + a.defaults), *([(a.vararg, None)] if a.vararg else []), *zip(a.kwonlyargs, a.kw_defaults), *([(a.kwarg, None)] if a.kwarg else [])]
     owner = {(d or o).end_lineno: o for o, d in pairs} | ({node.returns.end_lineno: node.returns} if node.returns else {})   # a comment belongs to what stands last on its line
@@ -154,7 +154,8 @@ def with_title_alone(nb):
 def output(o):
     "One output of a code cell: the richest form that a page without a running Python can show."
     if o['output_type'] == 'error': return f"<pre class='error'>{html.escape(o['ename'])}: {ansi2html(text(o['evalue']))}</pre>"
-    if o['output_type'] == 'stream': return f"<pre>{ansi2html(text(o['text']))}</pre>"
+    pre = lambda s: f"<pre{' class=columns' if re.search(r'[^ ] {3,}[^ ]', s) else ''}>{ansi2html(s)}</pre>"      # what is set in columns scrolls, all else wraps
+    if o['output_type'] == 'stream': return pre(text(o['text']))
     data = {k: text(v) if isinstance(v, (str, list)) else '' for k, v in o['data'].items()}
     alt = html.escape(data.get('text/plain', 'output'))
     if 'text/html' in data: return f"<div class='rich'>{data['text/html']}</div>"
@@ -162,7 +163,7 @@ def output(o):
     for kind in ('image/png', 'image/jpeg', 'image/gif'):
         if kind in data: return f"<img class='{'pixels' if 'PIL' in alt else 'plot'}' alt=\"{alt}\" src='data:{kind};base64,{''.join(data[kind].split())}'>"
     if 'text/markdown' in data: return markdown(data['text/markdown'])
-    return f"<pre>{ansi2html(data.get('text/plain', ''))}</pre>"
+    return pre(data.get('text/plain', ''))
 
 def merged(outs):
     "Printed pieces that follow each other on the same stream, as one."
