@@ -17,7 +17,7 @@ import torch
 from .text import TextConfig, TextEncoder, check_prompts, create_text_encoder, pad_prompts
 from .storage import beside, find_files
 from .data import Skip, get_caption, rank_and_world
-from .shards import add_sample, attempt, count_promised, find_tars, load_manifest, read_samples, whole_file, with_bar, write_manifest
+from .shards import add_sample, attempt, count_promised, find_tars, load_manifest, only_writer, read_samples, whole_file, with_bar, write_manifest
 
 # %% ../nbs/13_embeddings.ipynb #f028a25c
 def weight_files(
@@ -55,7 +55,7 @@ def halved(
     encoded:tuple, # (emb `[B,T,D]`, mask `[B,T]`), from a `TextEncoder`
 )->list: # one file of NumPy's format per prompt: float16 `[T_i,D]`, without padding
     "Embeddings as they are stored. Raises `ValueError` for numbers beyond the range of half precision."
-    res = [np.ascontiguousarray(e[m.bool()].cpu().numpy(), np.float16) for e,m in zip(*encoded)]
+    with np.errstate(over='ignore'): res = [np.ascontiguousarray(e[m.bool()].cpu().numpy(), np.float16) for e,m in zip(*encoded)]
     if not all(np.isfinite(o).all() for o in res): raise ValueError('the text encoder gives numbers that half precision cannot hold, so its embeddings cannot be stored')
     return [_npy(o) for o in res]
 
@@ -90,12 +90,13 @@ def embed_shards(
     names = {t: os.path.basename(t).split('.tar')[0].removesuffix('.tgz') + '.tar' for t in tars}
     if twice := [n for n,k in Counter(names.values()).items() if k > 1]: raise ValueError(f'{twice[0]} is the name of several shards: embed those of each folder into a folder of their own')
     if any(Path(t).resolve().parent == folder.resolve() for t in tars): raise FileExistsError(f'{folder} is where the shards are that are to be read: choose another folder for the new ones')
-    encoder = create_text_encoder(config, cache_size=0, device=device)
+    with only_writer(folder): return _embed(tars, names, folder, config, create_text_encoder(config, cache_size=0, device=device), batch_size, command, bar)
+
+def _embed(tars, names, folder, config, encoder, batch_size, command, bar):
     note, old = describe_encoder(config, encoder), load_manifest(folder)
     if not old and any(folder.glob('*.tar')) or old and 'embeddings' not in old: raise FileExistsError(f'{folder} holds other shards: choose another folder, or remove it')
     if old and (why := encoder_differences(e := old['embeddings'], note) or (f"half {e['half']} and {note['half']}" if e['half'] != note['half'] else '')): raise FileExistsError(f'{folder} holds embeddings of another encoder ({why}): choose another folder, or remove it')
     m = {'format':1, 'complete':False, 'shards':{}, 'skipped':{}, **(old or {}), 'command':command, 'embeddings':note}
-    folder.mkdir(parents=True, exist_ok=True)
     for o in (*folder.glob('.*.tar.*.part'), *folder.glob('.manifest.json.*.part')): o.unlink()   # of a run that was killed
     write_manifest(folder, m)
     todo = [t for t in tars if not _is_done(m['shards'].get(names[t]), folder/names[t], t)]

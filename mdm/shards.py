@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'REPORT', 'KEPT', 'PICTURE_FILES', 'FILE_COLUMNS', 'CAPTION_COLUMNS', 'NOT_THERE', 'TWICE', 'UNREADABLE',
-           'whole_file', 'write_manifest', 'load_manifest', 'ShardWriter', 'skip_detail', 'add_sample',
+           'whole_file', 'only_writer', 'write_manifest', 'load_manifest', 'ShardWriter', 'skip_detail', 'add_sample',
            'prepare_picture', 'make_key', 'pick_column', 'read_metadata', 'spelling', 'list_folder', 'key_fraction',
            'ordered_map', 'with_bar', 'folder_sample', 'attempt', 'write_folder', 'refuse_empty', 'find_tars',
            'read_samples', 'count_promised', 'split_shards', 'shared_embeddings', 'check_sample', 'inspect_shards',
@@ -44,6 +44,23 @@ def whole_file(
             finally: os.close(folder)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/11_shards.ipynb #b8df338d
+@contextmanager
+def only_writer(
+    folder:str|Path, # made if it is not there
+): # a context
+    "Keep other runs out of a folder. Raises `FileExistsError` when one is at work there."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try: import fcntl
+    except ImportError: fcntl = None                         # Windows
+    f = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e: raise FileExistsError(f'another run is writing into {folder} at this moment: wait for it, or choose another folder') from e
+        except OSError: pass                                 # a network drive without locks
+        yield
+    finally: f is None or os.close(f)
+
 # %% ../nbs/11_shards.ipynb #d0a15afa
 MANIFEST, REPORT = 'manifest.json', 'skipped.tsv'
 
@@ -82,14 +99,22 @@ class ShardWriter:
         if per_shard < 1 or max_bytes < 1: raise ValueError(f'{per_shard=}, {max_bytes=}: a shard holds at least one sample and one byte')
         self.folder, self.name, self.per_shard, self.max_bytes = Path(folder), name, per_shard, max_bytes
         settings = json.loads(json.dumps({**settings, 'name':name, 'per_shard':per_shard, 'max_bytes':int(max_bytes)}))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = ExitStack()
+        self.lock.enter_context(only_writer(self.folder))
+        try: self._begin(settings, command, extra or {})
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def _begin(self, settings, command, extra):
+        "Find out how far an earlier run has come, and clear away what it left half done."
         old = load_manifest(self.folder)
         self.manifest = old or {'format':1, 'command':command, 'complete':False, 'settings':settings, 'position':0, 'report_bytes':0, 'shards':{}, 'skipped':{}}
         self._check(settings, old)
-        self.manifest.update(command=command, **(extra or {}))
+        self.manifest.update(command=command, **extra)
         self.shards, self.position, self.skipped = self.manifest['shards'], self.manifest['position'], Counter(self.manifest['skipped'])
         self.samples, self.tar = 0, None
-        for o in (*self.folder.glob(f'.{name}-*.part'), *self.folder.glob(f'.{MANIFEST}.*.part')): o.unlink()   # of a run that was killed
+        for o in (*self.folder.glob(f'.{self.name}-*.part'), *self.folder.glob(f'.{MANIFEST}.*.part')): o.unlink()   # of a run that was killed
         self.report = open(self.folder/REPORT, 'ab')
         if not old: write_manifest(self.folder, self.manifest)
         self.report.truncate(self.manifest['report_bytes'])
@@ -155,6 +180,7 @@ class ShardWriter:
             self._note(complete=True)
         elif self.tar: self.open.__exit__(kind, error, traceback)
         self.report.close()
+        self.lock.close()
 
 def skip_detail(
     skip:Skip, # why something was skipped

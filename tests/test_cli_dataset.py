@@ -1,5 +1,5 @@
 "`mdm_dataset` as people use and misuse it: what it writes, what it says, and its exit codes"
-import contextlib, io, json, os, re, signal, subprocess, sys, tarfile, threading, time
+import io, json, re, shlex, signal, subprocess, sys, tarfile, threading, time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
@@ -55,7 +55,7 @@ def test_the_examples_in_the_help_are_understood(kind, monkeypatch, call):
     seen = []
     monkeypatch.setattr(C, f'dataset_{kind}', lambda args: seen.append(args))
     examples = re.findall(rf'^  (mdm_dataset {kind} .*)$', call(kind, '--help')[1], re.M)
-    for o in examples: assert call(*C.shlex.split(o)[1:])[0] == 0, o
+    for o in examples: assert call(*shlex.split(o)[1:])[0] == 0, o
     assert len(seen) == len(examples) >= 2
 
 def test_help_is_light():
@@ -99,7 +99,7 @@ def test_ctrl_c(tmp_path, call, monkeypatch):
     assert code == 130 and 'run the same command again to go on' in err and names(tmp_path/'out') == ['manifest.json', 'pictures-000000.tar', 'skipped.tsv']
     assert call(*args)[0] == 0 and load_manifest(tmp_path/'out')['complete']
 
-def test_killed_as_a_program(tmp_path, call):
+def test_killed_as_a_program(tmp_path, call, monkeypatch):
     "The real command, killed in the middle of its work, and given again"
     put(tmp_path/'in', 400)
     command = [Path(sys.executable).parent/'mdm_dataset', 'folder', 'in', 'out', '--per-shard', '10', '--workers', '1']
@@ -108,9 +108,8 @@ def test_killed_as_a_program(tmp_path, call):
     p.kill()
     assert p.wait() == -signal.SIGKILL
     assert not load_manifest(tmp_path/'out')['complete']
-    with contextlib.chdir(tmp_path) if hasattr(contextlib, 'chdir') else pytest.MonkeyPatch.context() as mp:
-        if mp: mp.chdir(tmp_path)
-        for out in ('out','whole'): assert call('folder', 'in', out, '--per-shard', 10, '--workers', 1)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    for out in ('out','whole'): assert call('folder', 'in', out, '--per-shard', 10, '--workers', 1)[0] == 0
     a, b = files(tmp_path/'out'), files(tmp_path/'whole')
     assert {k: v for k,v in a.items() if k != 'manifest.json'} == {k: v for k,v in b.items() if k != 'manifest.json'}
     assert json.loads(a['manifest.json']) | {'command':''} == json.loads(b['manifest.json']) | {'command':''}
@@ -175,9 +174,8 @@ def test_what_the_closing_line_says_works(tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call('shapes', 'shapes', '--n', 16)
     tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32
-        train.batch_size=4 train.steps=2 train.preview_prompts=[] data.workers=0'''.split()
+        train.batch_size=4 train.steps=2 train.warmup_steps=0 train.preview_prompts=[] data.workers=0'''.split()
     line = call('embed', 'shapes', '--output', 'embedded', '--recipe', 'shapes', 'text.dim=16')[1].split('Now try: mdm_train ')[1]
-    import shlex
     assert mdm_train([*shlex.split(line), *tiny, '--output', 'run']) == 0
     assert (tmp_path/'run'/'step_00000002').is_dir()
 

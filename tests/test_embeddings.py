@@ -163,6 +163,19 @@ def test_training_refuses_other_weights(plain, tmp_path, t5):
     create_encoder_for(recipe_for(tmp_path/'e', name))
     with pytest.raises(ValueError, match='encoder '): create_encoder_for(recipe_for(tmp_path/'e', 'text.encoder=google/flan-t5-xl'))
 
+def test_embeddings_on_a_server(plain, tmp_path):
+    "The manifest is read where the shards are"
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+    m = embed_shards(plain, tmp_path/'e', small)
+    s = ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    Thread(target=s.serve_forever, daemon=True).start()
+    web = f'http://127.0.0.1:{s.server_port}'
+    assert read_embeddings([f'{web}/e/shapes-00000{{0..2}}.tar']) == m['embeddings']
+    with pytest.raises(ValueError, match=f'no manifest.json in {web}/plain'): read_embeddings([f'{web}/plain/shapes-000000.tar'])
+    s.shutdown(); s.server_close()
+
 def test_mixtures_of_encoders_are_refused(plain, tmp_path):
     embed_shards(plain, tmp_path/'e', small); embed_shards(plain, tmp_path/'f', TextConfig(dim=8, max_tokens=64))
     recipe = recipe_for(tmp_path/'e')

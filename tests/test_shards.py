@@ -318,6 +318,17 @@ def test_other_runs_are_refused(tmp_path, many):
     (tmp_path/'out'/'manifest.json').unlink()
     with pytest.raises(FileExistsError, match='earlier run without a manifest'): write_folder(many, tmp_path/'out', per_shard=10)
 
+def test_one_run_at_a_time(tmp_path, many):
+    "A second run is refused while the first is alive, and only then"
+    with ShardWriter(tmp_path/'out', 'pictures', {'kind':'other'}):
+        with pytest.raises(FileExistsError, match='another run is writing'): write_folder(many, tmp_path/'out')
+    p = multiprocessing.get_context('fork').Process(target=lambda: [ShardWriter(tmp_path/'out2', 'pictures', {}), time.sleep(60)])
+    p.start()
+    while not (tmp_path/'out2'/'manifest.json').exists(): time.sleep(.01)
+    with pytest.raises(FileExistsError, match='another run is writing'): write_folder(many, tmp_path/'out2')
+    p.kill(); p.join()
+    with pytest.raises(FileExistsError, match='kind was None'): write_folder(many, tmp_path/'out2')
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"format":2,"shards":{}}', '{"format":1}'])
 def test_damaged_manifests(tmp_path, many, text):
     (tmp_path/'out').mkdir(); (tmp_path/'out'/'manifest.json').write_text(text)
