@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['whole_batch', 'CaptionDropout', 'TextEncoding', 'Noising', 'DiffusionLoss', 'BFloat16', 'Accumulate', 'FreezeDolls',
            'GradientNorm', 'SkipNonFinite', 'CountSteps', 'MovingAverage', 'Every', 'memory_used', 'StepLog',
-           'Previews']
+           'noise_apart', 'Previews']
 
 # %% ../nbs/17_callbacks.ipynb #19ad0015
 import math, os, random, time, warnings
@@ -266,6 +266,12 @@ class StepLog(Every):
         except OSError as e: warnings.warn(f'{self.what} could not be written ({e})')
 
 # %% ../nbs/17_callbacks.ipynb #2dd4e15e
+def noise_apart(
+    device:torch.device|str='cpu', # where the model is
+): # a context
+    "What draws noise in here leaves the noise of the training as it would have been."
+    return torch.random.fork_rng(devices=[device] if torch.device(device).type == 'cuda' else [])
+
 class Previews(Every):
     "Draw the same prompts every so many steps, with the averaged weights, as PNG files."
     order, what = 80, 'the sheet of previews'
@@ -279,7 +285,7 @@ class Previews(Every):
         super().__init__(every)
         self.pipe, self.prompts, self.folder, self.write = pipe, list(prompts), Path(folder), write
     def act(self):
-        with torch.random.fork_rng(): pictures = self.pipe()(self.prompts, n=1, every_resolution=True)     # training draws its noise as if there had been no preview
+        with noise_apart(self.dls.device): pictures = self.pipe()(self.prompts, n=1, every_resolution=True)
         if not self.write: return
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(pictures[0], self.prompts, columns=min(8, len(self.prompts)), inner=pictures[1] if len(pictures) > 1 else None)

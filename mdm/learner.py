@@ -92,6 +92,10 @@ class MDMLearner(Learner):
         if self.count_steps.stop is None: return super()._do_fit()
         for self.epoch in itertools.takewhile(lambda _: self.steps < self.count_steps.stop, itertools.count()): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+    def _do_epoch_validate(self, *args, **kwargs):
+        "Whether and when there is validation makes no difference to the training."
+        with noise_apart(self.dls.device): super()._do_epoch_validate(*args, **kwargs)
+
     def fit_steps(self,
         n:int|None=None, # stop when the model has taken this many optimizer steps in all; None: as in the recipe
         lr:float|None=None, # learning rate after the warm-up; None: as in the recipe
