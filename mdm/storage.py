@@ -13,6 +13,7 @@ from braceexpand import braceexpand
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from fsspec.utils import glob_translate
 from functools import lru_cache
 from glob import escape,glob,has_magic
 from itertools import count
@@ -69,8 +70,9 @@ def explain(
         return PermissionError(f'{path}: no credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or FSSPEC_S3_ANON=true for a public bucket. {text}')
     if status in (401,403) or isinstance(e, PermissionError):
         return PermissionError(f'{path}: access denied. Check the credentials and what they allow (where listing is forbidden, a file that does not exist looks the same). {text}')
-    if status in (404,410) or isinstance(e, FileNotFoundError) and len(causes) == 1:
-        return FileNotFoundError(errno.ENOENT, 'there is no such bucket' if 'bucket' in str(e) and 'not exist' in str(e) else 'there is no such file', path)
+    gone = isinstance(e, FileNotFoundError) and not type(e.__cause__).__module__.startswith('aiohttp')    # aiohttp: the server could not be asked
+    if status in (404,410) or gone and status is None:
+        return FileNotFoundError(errno.ENOENT, 'there is no such ' + ('bucket' if 'bucket does not exist' in str(e) or path.endswith('/') else 'file'), path)
     if isinstance(e, (ValueError,NotImplementedError)) and not isinstance(e, ConnectionError): return ValueError(f'{path}: {text}')
     return ConnectionError(f'{path}: {redact(repr(e.__cause__)) if e.__cause__ and isinstance(e, FileNotFoundError) else text}')
 
@@ -158,15 +160,25 @@ def _matches(name):
     if not is_remote(name): return [file_info(f) for f in ([name] if os.path.isfile(name) else sorted(glob(name, recursive=True))) if os.path.isfile(f)]
     web = name.lower().startswith('http')
     if web and re.search(r'[*\[]', name.split('?')[0]): raise ValueError(f'data.files: {redact(name)!r} has wildcards, but a web server gives no listing: write the names with braces, such as {{00000..00006}}.tar')
-    if not web and has_magic(name): return _listed(name, patiently(lambda: filesystem(name).glob(name, detail=True), name))
+    if not web and has_magic(name):
+        folder,rest = split_pattern(name)
+        return _listing(folder, glob_translate(rest), '/' in rest or '**' in rest)
     try: return [file_info(name)]
     except FileNotFoundError as e:
         if 'bucket' in e.strerror or 'folder' in e.strerror: raise
         return []
 
-def _listed(path, entries):
-    "`FileInfo`s of a listing, in order, with the protocol in front."
-    return [_info(f'{path.split("://")[0]}://{name.lstrip("/")}', d) for name,d in sorted(entries.items()) if d.get('type') == 'file']
+def _listing(folder, regex, deep):
+    "`FileInfo`s of the files in a folder, and below it if `deep`, whose names from there on fit; in order."
+    if not is_remote(folder):
+        names = [os.path.join(d, f) for d,_,files in os.walk(folder or '.') for f in files]
+        return [file_info(f) for f in sorted(names) if os.path.isfile(f) and re.fullmatch(regex, os.path.relpath(f, folder or '.'))]
+    fs,protocol = filesystem(folder),folder.split('://')[0]
+    try: entries = patiently(lambda: fs.find(folder, detail=True).values() if deep else fs.ls(folder, detail=True), folder)
+    except FileNotFoundError: entries = []
+    if not entries: patiently(lambda: fs.info('/'.join(folder.split('/')[:3])), folder)     # is there such a bucket?
+    found = [_info(f'{protocol}://{d["name"].lstrip("/")}', d) for d in entries if d.get('type') == 'file']
+    return sorted((f for f in found if re.fullmatch(regex, f.path[len(folder):])), key=lambda f: f.path)
 
 def _missing(pattern, names, missing):
     pattern,first = redact(pattern),redact(missing[0])
@@ -181,22 +193,18 @@ def split_pattern(
     pattern:str, # a path or an address, with or without wildcards, braces, `re:`
 )->tuple: # (its folder, with a slash at the end, and the rest)
     "Cut a pattern at the last slash in front of the first special character."
-    special = r'[\\^$*+?{\[\]|()]|\.(?!\.?/)' if pattern.startswith('re:') else r'[*{\[]' if pattern.lower().startswith('http') else r'[*?{\[]'
+    special = r'[\\^$*+?{\[\]|()]|\.(?!\.?/)' if pattern.startswith('re:') else r'[*?{\[]'
     pattern = pattern.removeprefix('re:')
     start = pattern.find('/', pattern.find('://')+3)+1 if is_remote(pattern) else 0    # names of buckets and servers have dots
     at = pattern.rfind('/', 0, start+m.start() if (m := re.search(special, pattern[start:])) else len(pattern))+1
     return pattern[:at],pattern[at:]
 
 def _by_regex(folder, regex):
-    try: fits = re.compile(regex).fullmatch
+    try: re.compile(regex)
     except re.error as e: raise ValueError(f'data.files: {redact("re:"+folder+regex)!r} is not a regular expression: {e}') from e
     if folder.lower().startswith('http'): raise ValueError(f'data.files: {redact("re:"+folder+regex)!r}: a web server gives no listing to choose from: write the names with braces')
-    if is_remote(folder): files = _listed(folder, patiently(lambda: filesystem(folder).find(folder, detail=True), folder))
-    else: files = [file_info(os.path.join(d, f)) for d,_,names in os.walk(folder or '.') for f in sorted(names) if os.path.isfile(os.path.join(d, f))]
-    trim = lambda path: path[len(folder):] if folder else path.removeprefix(f'.{os.sep}')
-    res = [f for f in files if fits(trim(f.path))]
-    if not res: raise FileNotFoundError(f'data.files: none of the {len(files)} files under {redact(folder) or "."!r} fits the regular expression {regex!r}')
-    return sorted(res, key=lambda f: f.path)
+    if res := _listing(folder, regex, deep=True): return res
+    raise FileNotFoundError(f'data.files: no file under {redact(folder) or "."!r} fits the regular expression {regex!r}')
 
 # %% ../nbs/08_storage.ipynb #29eeb016
 BLOCK = 4*2**20   # bytes per request
@@ -252,7 +260,8 @@ class RemoteFile(io.RawIOBase):
             except ValueError:     # this server has no ranges
                 if self.stream: raise
                 self._drop()
-                self.stream,data = True,self._read(left)
+                self.stream = True
+                data = self._read(left)
             if not data and self.size is not None: raise ConnectionError(f'it ended at byte {self.pos} of {self.size}')
             return data
         except BaseException:
@@ -337,7 +346,7 @@ def _targets(selection):
     "Name of each copy, relative to the folder -> (address, `FileInfo` or None)."
     res,tables = {},[]
     def add(name, path, info=None):
-        if name.startswith('..') or os.path.isabs(name) or is_remote(name): raise ValueError(f'{redact(path)} would be copied to {redact(name)!r}, outside the folder')
+        if name.startswith('..') or os.path.isabs(name) or '://' in name: raise ValueError(f'{redact(path)} would be copied to {redact(name)!r}, outside the folder')
         if res.setdefault(name, (path,info))[0] != path: raise ValueError(f'two files would be copied to {name!r}: {redact(res[name][0])} and {redact(path)}. Download them into folders of their own')
         if name.lower().endswith('.tsv') and name not in tables: tables.append(name)
     for pattern in [selection] if isinstance(selection, (str,os.PathLike)) else selection or [[]]:
@@ -346,7 +355,7 @@ def _targets(selection):
     for table in tables:
         path = res[table][0]
         for r in read_rows(path):
-            if name := r.get('filename') or r.get('tar'): add(os.path.normpath(os.path.join(os.path.dirname(table), name)), beside(path, name))
+            if name := r.get('filename') or r.get('tar'): add(name if is_remote(name) else os.path.normpath(os.path.join(os.path.dirname(table), name)), beside(path, name))
     manifests = {os.path.join(os.path.dirname(n), 'manifest.json'):beside(p, 'manifest.json') for n,(p,_) in res.items() if n.lower().endswith(('.tar','.tar.gz','.tgz'))}
     for name,path in manifests.items():
         if name not in res:
