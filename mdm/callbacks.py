@@ -144,9 +144,9 @@ class SkipNonFinite(Callback):
         what:str, # what is not finite
         value:Tensor, # it
     ):
-        "Count, warn, and leave the batch. Raises `FloatingPointError` when it was one too many."
+        "Count, warn, and leave the batch. Raises `ValueError` when it was one too many."
         self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
-        if self.in_a_row >= self.patience: raise FloatingPointError(
+        if self.in_a_row >= self.patience: raise ValueError(
             f'the {what} was no finite number {self.in_a_row} times in a row (train.max_nonfinite): the training stopped at step {getattr(self.learn, "steps", 0)}, and checkpoints stay as they were. '
             'Start again with a lower train.lr, a longer train.warmup_steps or a smaller train.grad_clip; and if train.bf16 is on, try without')
         warnings.warn(f'the {what} is {value.item()}: batch skipped ({self.count} so far); a lower train.lr may help')

@@ -1,17 +1,16 @@
 "The commands as people use and misuse them: what they write, what they say, and their exit codes."
-import io, json, re, subprocess, sys, tarfile
+import io, json, os, re, signal, subprocess, sys, tarfile
 from pathlib import Path
 from typing import get_args
 import numpy as np, pytest, torch
 from PIL import Image
-from fastai.learner import Callback
 import mdm.all
 from mdm import cli_dataset, cli_sample, cli_train, command
-from mdm.callbacks import SkipNonFinite
 from mdm.checkpoint import load_checkpoint
 from mdm.cli_dataset import mdm_dataset
 from mdm.cli_sample import mdm_convert, mdm_demo, mdm_sample
 from mdm.cli_train import mdm_train
+from mdm.diffusion import Diffusion
 from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
 from mdm.sampler import SampleConfig
@@ -115,7 +114,7 @@ def test_train_writes_and_tells(data, tmp_path, call):
     first, last = out.splitlines()
     for part in ('shapes: 0.1 million weights', '32 and 16 pixels', '32 pictures in 2 files', 'batches of 4 on c', '6 steps', str(tmp_path/'run')): assert part in first
     assert re.match(r'6 steps in \d+ s, [\d.]+ pictures/s; loss \d\.\d+ \(step 2\) to \d\.\d+ \(step 6\); checkpoint .*step_00000006\. Now try: mdm_sample .*run .a red ring.$', last)
-    assert '6/6' in err and re.search(r'loss \d\.\d+, \d+ pictures/s', err) and 'warning' not in err
+    assert '6/6' in err and re.search(r'loss \d\.\d+ \(2x \d\.\d+, 1x \d\.\d+\), \d+ pictures/s, lr [\d.e-]+, gradient [\d.]+, \d+\.\d GB', err) and 'warning' not in err
     assert steps(tmp_path/'run') == ['step_00000004', 'step_00000006'] and steps(tmp_path/'run'/'previews') == ['step_00000003.png', 'step_00000006.png']
     saved = load_checkpoint(tmp_path/'run')
     assert saved.step == 6 and saved.recipe.train.output == str(tmp_path/'run') and saved.recipe.data.files == data
@@ -137,22 +136,19 @@ def test_minutes(data, tmp_path, call):
     assert code == 0 and steps(tmp_path/'run') == ['step_00000001'] and out.splitlines()[-1].startswith('1 steps')
     assert (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('1,')
 
-@pytest.mark.parametrize('batches', [0, 3])
-def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call, batches):
-    class Stop(Callback):
-        order = 200
+def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call):
+    class PressCtrlC(mdm.resume.Stop):
         def before_batch(self):
-            if self.learn.steps == batches: raise KeyboardInterrupt()
-    monkeypatch.setattr(cli_train, 'time_limit', lambda minutes: Stop())
-    code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run', '--minutes', 1)
-    assert code == 130 and len(out.splitlines()) == 1
-    if batches:
-        assert re.search(r'mdm_train: stopped\. 3 steps in .* checkpoint .*step_00000003\.', err)
-        assert weights(tmp_path/'run') and (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('3,')
-    else:
-        assert 'nothing was saved' in err and not steps(tmp_path/'run')
-        monkeypatch.undo()
-        assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')[0] == 0     # nothing in the way of another try
+            if self.learn.steps == 2: os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(mdm.resume, 'Stop', PressCtrlC)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')
+    assert code == 130 and len(out.splitlines()) == 1 and before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert re.search(r'mdm_train: stopped; the same command goes on\. 3 steps in .* checkpoint .*step_00000003\.', err)
+    assert weights(tmp_path/'run') and (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('3,')
+    monkeypatch.undo()
+    assert call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')[0] == 0
+    assert [o.split(',')[0] for o in (tmp_path/'run'/'log.csv').read_text().splitlines()] == ['step', '2', '4', '6']
 
 def test_validation(data, tmp_path, call):
     write_shapes(tmp_path/'valid', 6, held_out=True)
@@ -169,8 +165,17 @@ def test_warnings_are_one_line(data, tmp_path, call):
     assert re.fullmatch(r'mdm_train: warning: epoch 0 of the training data: skipped 1: .*cannot be decoded', lines[0].strip())
 
 def test_divergence(monkeypatch, data, tmp_path, refused):
-    monkeypatch.setattr(SkipNonFinite, 'after_loss', lambda self: (_ for _ in ()).throw(mdm.callbacks.CancelBatchException()))
-    assert 'train.lr' in refused(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')
+    "The loss stops being a number after the first save: the training ends with advice, and the checkpoint stays."
+    real, calls = Diffusion.compare, []
+    def compare(self, *args):
+        calls.append(1)
+        res = real(self, *args)
+        if len(calls) > 5: res.loss = res.loss*float('nan')
+        return res
+    monkeypatch.setattr(Diffusion, 'compare', compare)
+    said = refused(mdm_train, 'shapes', *tiny, 'train.max_nonfinite=3', '--data', *data, '--output', tmp_path/'run')
+    assert len(calls) == 8 and 'no finite number 3 times in a row' in said and 'train.lr' in said and 'step 5' in said
+    assert steps(tmp_path/'run') == ['step_00000004'] and weights(tmp_path/'run')
 
 @pytest.mark.parametrize('args, said', [
     (['shaqes'], "called 'shaqes'; did you mean shapes?"),
