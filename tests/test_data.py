@@ -1,8 +1,8 @@
 "Data: what a reader of nbs/09_data.ipynb should not have to read."
-import gzip, io, os, pickle, random, tarfile, threading, warnings
+import gzip, io, multiprocessing, os, pickle, random, tarfile, threading, warnings
 from collections import Counter
 
-import numpy as np, pytest, torch
+import numpy as np, psutil, pytest, torch
 from PIL import Image, ImageDraw
 from mdm import data as D
 from mdm.data import (BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, NOT_IN_TAR, DataConfig, PictureStream, create_dls, create_loader,
@@ -474,3 +474,266 @@ def test_a_fastai_learner_drives_the_loaders(tmp_path, with_valid):
     assert [s[0] for s in seen] == ([True] * 3 + [False] * 3 * with_valid) * 2 and all(s[1] == 4 and s[2] == [16.] * 4 for s in seen)
     if with_valid: assert learn.validate()[0] >= 0
     assert dls.one_batch()[1] and len(dls.show_batch(max_n=3).axes) == 3
+
+
+# --- from afar
+
+from test_storage import bucket, here_only, moto_port, serving, sometimes, web   # noqa: E402 (fixtures)
+from mdm import storage as S
+
+
+def same(x, y): return len(x) == len(y) and all(a[1] == b[1] and torch.equal(a[0], b[0]) and torch.equal(a[2]['scale'], b[2]['scale']) for a, b in zip(x, y))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_bucket_that_fails_some_requests_gives_what_the_folder_gives(tmp_path, bucket, here_only, workers):
+    files = write_shards(tmp_path, 9, 12, 7)
+    for p in tmp_path.glob('*.tar'): bucket.put(f'd/{p.name}', p.read_bytes())
+    bucket.trouble = sometimes
+    local, remote = (load(f, 5, True, workers=workers, shuffle=6, crop='random') for f in (files, ['s3://shop.cats/d/*.tar']))
+    assert same(list(local), list(remote)) and same(list(local), list(remote)) and not remote.skipped
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+def test_tars_and_tables_on_a_web_server(tmp_path, web, ranges):
+    web.ranges = ranges
+    (web.folder/'in').mkdir()
+    write_shards(web.folder/'in', 3, 3)
+    (web.folder/'z.tar.gz').write_bytes(gzip.compress(tar_bytes([f for i in range(6, 9) for f in good(i)])))
+    write_index(web.folder/'in', 'tar\tfile\tcaption\n00000.tar\t000002.png\ttwo\n00001.tar\t000003.png\tthree\ngone.tar\tx.png\ty\n')
+    write_index(web.folder, 'filename\nin/x.tsv\n', 'all.tsv')
+    loader = load([f'{web.url}/all.tsv', f'{web.url}/in/{{00000..00001}}.tar', f'{web.url}/z.tar.gz?sig=1'])
+    assert captions(loader) == ['two', 'three'] + names(range(9)) and loader.skipped == {BAD_TAR: 1}
+    write_index(web.folder, 'filename\nin/x.tsv\nin/y.tsv\n', 'all.tsv')
+    with pytest.raises(FileNotFoundError, match='in/y.tsv'): load([f'{web.url}/all.tsv'])
+
+
+def test_counting_from_afar_is_done_once_and_a_manifest_spares_it(web, tmp_path):
+    write_shards(web.folder, 3, 4)
+    files = [f'{web.url}/{{00000..00001}}.tar']
+    gets = lambda: [p for c, p, _ in web.requests if c == 'GET' and p.endswith('.tar')]
+    assert [s.count for s in find_shards(files)] == [3, 4] and len(gets()) == 2
+    D._count.cache_clear()
+    assert [s.count for s in find_shards(files)] == [3, 4] and len(gets()) == 2              # another process finds the notes
+    write_shards(web.folder, 5)
+    assert [s.count for s in find_shards(files)] == [5, 4] and len(gets()) == 3              # a changed file
+    size = (web.folder/'00001.tar').stat().st_size
+    for f in (tmp_path/'cache/mdm/counts').iterdir(): f.unlink()
+    D._count.cache_clear(), web.requests.clear()
+    (web.folder/'manifest.json').write_text('{"format": 1, "shards": {"00000.tar": {"samples": 9, "bytes": 1}, "00001.tar": {"samples": 8, "bytes": %d}}}' % size)
+    assert [s.count for s in find_shards(files)] == [5, 8] and gets() == ['/00000.tar']
+    D._count.cache_clear()
+    (tmp_path/'cache/mdm/counts').chmod(0o500)
+    [f.write_text('junk') for f in (tmp_path/'cache/mdm/counts').iterdir()]
+    assert [s.count for s in find_shards(files)] == [5, 8]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_shard_that_breaks_down_in_mid_epoch_is_skipped(tmp_path, web, here_only, workers):
+    here_only.setattr(S, 'TRIES', 2)
+    here_only.setattr(S, 'BLOCK', 2048)
+    write_shards(web.folder, 6, 6, 6)
+    files = [f'{web.url}/{{00000..00002}}.tar']
+    loader, filled = load(files, 3, False, workers=workers), load(files, 3, True, workers=workers, epoch_size=12)
+    web.trouble = lambda command, path, n: 503 if '00001' in path else None
+    got = captions(loader)
+    assert sorted(got) == sorted(names([*range(6), *range(12, 18)])) and set(loader.skipped) == {D.UNREACHABLE} and sum(loader.skipped.values()) <= 2
+    assert len(quiet(filled)) == len(quiet(filled)) == 4
+    web.trouble = lambda command, path, n: None
+    assert captions(loader) and not loader.skipped
+    web.trouble = lambda command, path, n: 503
+    with pytest.raises(ValueError, match='tar that could not be fetched'): quiet(filled)
+
+
+def test_a_bucket_out_of_reach_at_the_start_is_an_error(web, here_only):
+    here_only.setattr(S, 'TRIES', 2)
+    write_shards(web.folder, 3)
+    web.trouble = lambda command, path, n: 503 if command == 'GET' and path.endswith('.tar') else None
+    with pytest.raises(ConnectionError, match='gave up'): load([f'{web.url}/00000.tar'])
+
+
+def test_messages_keep_secrets(web, here_only):
+    (web.folder/'x.tar').write_bytes(tar_bytes([('a.png', b'junk'), ('a.txt', b'x')]))
+    (web.folder/'e.tar').write_bytes(tar_bytes([]))
+    (web.folder/'x.zip').write_bytes(b'')
+    address = web.url.replace('//', '//ann:hunter2@')
+    for name, train in (('x.tar', True), ('x.tar', False), ('e.tar', True), ('x.zip', True)):
+        with pytest.raises(ValueError) as e: quiet(load([f'{address}/{name}?sig=0123abcd'], 1, train))
+        assert name in str(e.value) and 'hunter2' not in str(e.value) and '0123abcd' not in str(e.value)
+
+
+# --- sources by weight
+
+def row(s, start, stop): return [sample['txt'].decode() for _, sample in s._read(start, stop, [])]
+
+
+@pytest.mark.parametrize('weights', [[.7, .3], [1, 1], [3, 1], [1 / 3, 2 / 3], [.123, .877]])
+def test_shares_are_exact_and_sources_go_round(tmp_path, weights):
+    for n, d in (('a', 7), ('b', 5)): (tmp_path/n).mkdir(), write_shards(tmp_path/n, 2, d - 2)
+    config = DataConfig(files=[str(tmp_path/'a/*.tar'), str(tmp_path/'b/*.tar')], weights=weights, image_size=8, epoch_size=10)
+    s = PictureStream(find_shards(config.files), config, 2)
+    of = lambda r: [i.tar.split(os.sep)[-2] for i in r]
+    places = s.turn[np.arange(200) % len(s.turn)]
+    for n in range(1, 201): assert abs((places[:n] == 0).sum() - n * weights[0] / sum(weights)) <= 1
+    whole = row(s, 0, 200)
+    assert all(row(s, a, b) == whole[a:b] for a, b in [(0, 1), (7, 31), (99, 200), (150, 151)])        # from anywhere
+    for k, n in ((0, 7), (1, 5)):
+        own = [c for c, p in zip(whole, places) if p == k]
+        assert all(len({*own[i:i + n]}) == n for i in range(0, len(own) - n, n))                       # each once before any twice
+
+
+def test_weighted_epochs(tmp_path):
+    for n in 'ab': (tmp_path/n).mkdir(), write_shards(tmp_path/n, 8)
+    (tmp_path/'b/00000.tar').write_bytes(tar_bytes([f for i in range(100, 104) for f in good(i)] + [('x.png', b'junk'), ('x.txt', b'x')]))
+    files = [str(tmp_path/n/'*.tar') for n in 'ab']
+    for workers in (0, 2):
+        loader = load(files, 4, True, weights=[1, 3], epoch_size=40, workers=workers, shuffle=3)
+        got = Counter(int(c.split()[1]) >= 100 for e in range(4) for c in captions(loader))
+        assert sum(got.values()) == 160 and 100 <= got[True] <= 120 and len(loader) == 10
+    ranks = [D.PictureLoader(PictureStream(find_shards(files), DataConfig(files=files, weights=[1, 3], image_size=8, epoch_size=48), 2, True, 0, r, 3)) for r in range(3)]
+    assert [len(quiet(r)) for r in ranks] == [8, 8, 8]
+    assert sorted(captions(load(files, 3, False, weights=[1, 3]))) == sorted(names([*range(8), *range(100, 104)]))       # validation: everything once
+    for w, text in (([1], '2 entries'), ([1, 0], '2 entries'), ([1, float('nan')], '2 entries')):
+        with pytest.raises(ValueError, match=text): load(files, 4, True, weights=w)
+    with pytest.raises(ValueError, match='no samples of their own'): load([files[0], files[0]], 4, True, weights=[1, 1])
+
+
+# --- embeddings
+
+def npy(a):
+    f = io.BytesIO()
+    np.save(f, a)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_captions_bring_their_embeddings(tmp_path, workers):
+    e = lambda i: np.full((i + 1, 4), i, np.float16)
+    bad = [('x.png', encode(picture(9))), ('x.txt', b'none'), ('y.png', encode(picture(9))), ('y.txt', b'bad'), ('y.emb.npy', npy(e(1))[:-1]), ('z.png', encode(picture(9))), ('z.txt', b'flat'), ('z.emb.npy', npy(e(1)[0])),
+           ('w.png', encode(picture(9))), ('w.txt', b'objects'), ('w.emb.npy', npy(np.array([[None]], object)))]
+    (tmp_path/'0.tar').write_bytes(tar_bytes([f for i in range(4) for f in [*good(i), (f'{i:06d}.emb.npy', npy(e(i).astype(np.float32 if i == 2 else np.float16)))]] + bad))
+    loader = load([str(tmp_path/'0.tar')], 2, workers=workers, embeddings=True).to('cpu')
+    got = [c for b in quiet(loader) for c in b[1]]
+    assert sorted(got) == names(range(4)) and loader.skipped == {D.NO_EMBEDDING: 1, D.BAD_EMBEDDING: 3}
+    for c in got: assert isinstance(c, D.EmbeddedCaption) and c.embedding.dtype == np.float16 and np.array_equal(c.embedding, e(int(c.split()[1])))
+    assert type(pickle.loads(pickle.dumps(got[0]))) is D.EmbeddedCaption and pickle.loads(pickle.dumps(got[3])).embedding.shape == got[3].embedding.shape
+    plain = load([str(tmp_path/'0.tar')], 2, workers=workers)
+    assert len(captions(plain)) == 8 and type(next(iter(plain))[1][0]) is str
+
+
+# --- going on
+
+def messy(folder):
+    "Shards with a broken picture, a missing caption, a damaged tar and a missing one behind an index."
+    write_shards(folder, 9, 14, 8)
+    (folder/'bad.tar').write_bytes(tar_bytes([f for i in range(50, 60) for f in (good(i) if i % 3 else [(f'{i}.png', b'junk'), (f'{i}.txt', b'x')])]))
+    (folder/'cut.tar').write_bytes(tar_bytes([f for i in range(60, 70) for f in good(i)])[:9000])
+    write_index(folder, 'tar\tfile\tcaption\n' + ''.join(f'00000.tar\t{i:06d}.png\tindexed {i}\n' for i in range(12)) + ''.join(f'gone.tar\t{i}.png\tx\n' for i in range(4)))
+    return [str(folder/'*.tar'), str(folder/'x.tsv')]
+
+
+KINDS = dict(once={}, set_length=dict(epoch_size=43), weighted=dict(weights=[2, 1], epoch_size=40), in_order=dict(shuffle=0), long=dict(epoch_size=130), valid=dict(train=False))
+
+
+@pytest.mark.parametrize('kind,workers', [*((k, 0) for k in KINDS), *((k, 2) for k in ('once', 'weighted', 'valid')), ('set_length', 3)])
+def test_going_on_gives_the_same_batches_bit_for_bit(tmp_path, workers, kind):
+    files, kw = messy(tmp_path), {'shuffle': 9, 'crop': 'random', 'workers': workers, 'train': True, **KINDS[kind]}
+    make = lambda: load(files, 4, **kw)
+    loader, whole, states, skipped, ends = make(), [], [], [], []
+    for epoch in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            for b in loader:
+                whole.append(b)
+                states.append(loader.state_dict())
+        skipped.append(dict(loader.skipped))
+        ends.append(len(whole))
+    assert sum(map(len, skipped)) and [s['batch'] for s in states[:3]] == [1, 2, 3]
+    for n in [2, ends[0] - 1, ends[0], ends[0] + 5] if workers else range(1, len(whole)):
+        again = make()
+        again.load_state_dict(pickle.loads(pickle.dumps(states[n - 1])))
+        assert again.state_dict() == states[n - 1]
+        rest, end = quiet(again), ends[again.epoch - 1]
+        assert same(rest, whole[n:end]) and dict(again.skipped) == skipped[again.epoch - 1], n
+        if not workers and n % 5 == 0 and again.epoch == 1: assert same(quiet(again), whole[end:])
+
+
+def test_places_between_epochs_and_after_peeking(tmp_path):
+    files = write_shards(tmp_path, 30)
+    a, b = (load(files, 4, True, shuffle=5) for _ in range(2))
+    assert a.state_dict()['batch'] == a.state_dict()['epoch'] == 0
+    a.one_batch()
+    assert a.state_dict()['batch'] == 0
+    it = iter(a)
+    next(it), next(it)
+    place = a.state_dict()
+    assert (place['epoch'], place['batch']) == (0, 2) and a.one_batch() is not None and a.state_dict() == place
+    third = next(it)
+    b.load_state_dict(place)
+    assert same([b.one_batch()], [third]) and same([b.one_batch()], [third]) and b.state_dict() == place and len(list(b)) == 5
+    assert (b.state_dict()['epoch'], b.state_dict()['batch']) == (1, 0) and len(list(b)) == 7
+    a.epoch = 5                                       # somebody jumps ahead
+    assert (a.state_dict()['epoch'], a.state_dict()['batch']) == (5, 0)
+    b.load_state_dict(place)
+    b.epoch = 4
+    assert len(list(b)) == 7
+    c = load(files, 4, True, shuffle=5)
+    c.load_state_dict({'epoch': 0, 'batch': 2})       # all that is needed where nothing was skipped
+    assert same(list(c)[:1], [third])
+    import json
+    c.load_state_dict(json.loads(json.dumps(place)))
+    assert same(list(c)[:1], [third])
+
+
+def test_a_place_of_other_settings_is_about_right_and_says_so(tmp_path):
+    files = write_shards(tmp_path, 40)
+    a = load(files, 4, True)
+    it = iter(a)
+    for _ in range(5): next(it)
+    for n, kw, left in ((4, dict(workers=2), 5), (2, {}, 10), (4, dict(shuffle=3), 5)):
+        b = load(files, n, True, **kw)
+        with pytest.warns(UserWarning, match='about the same place'): b.load_state_dict(a.state_dict())
+        assert len(list(b)) == left
+
+
+def test_ranks_go_on_each_from_its_own_place(tmp_path):
+    files = messy(tmp_path)
+    make = lambda r: D.PictureLoader(stream(files, r, 3, 2, shuffle=7, crop='random'), 0)
+    for r in range(3):
+        a, b = make(r), make(r)
+        whole = quiet(a) + quiet(a)
+        a, it = make(r), None
+        it = iter(a)
+        for _ in range(4): next(it)
+        b.load_state_dict(a.state_dict())
+        assert same(quiet(b) + quiet(b), whole[4:])
+
+
+def test_going_on_reads_only_what_is_needed(tmp_path, monkeypatch):
+    files, opened = write_shards(tmp_path, *[20] * 10), []
+    a = load(files, 4, True, shuffle=10)
+    it = iter(a)
+    for _ in range(40): next(it)
+    b, old = load(files, 4, True, shuffle=10), D.open_file
+    b.load_state_dict(a.state_dict())
+    monkeypatch.setattr(D, 'open_file', lambda path: opened.append(path) or old(path))
+    decoded, load_picture = [], D.load_picture
+    monkeypatch.setattr(D, 'load_picture', lambda *args: decoded.append(1) or load_picture(*args))
+    assert same(list(b), list(it)) and len(opened) <= 10 and len(set(opened[:5])) <= 5 and len(decoded) == 2 * 40
+
+
+def read_on(files, pipe):
+    it = iter(load(files, 4, True, image_size=256, workers=2, epoch_size=10**6))
+    next(it)
+    pipe.send([p.pid for p in psutil.Process().children()])
+    threading.Event().wait()
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    here, there = multiprocessing.Pipe()
+    p = multiprocessing.get_context('fork').Process(target=read_on, args=(write_shards(tmp_path, 400), there))
+    p.start()
+    children = [psutil.Process(c) for c in here.recv()]
+    p.kill()
+    p.join()
+    assert len(children) == 2 and not psutil.wait_procs(children, timeout=30)[1]
