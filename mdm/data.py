@@ -18,7 +18,7 @@ import torch
 from collections import Counter,defaultdict,deque
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass,field
+from dataclasses import dataclass,field,replace
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.torch_core import default_device,to_device
@@ -578,7 +578,7 @@ def create_loader(
     seed:int=0, # same seed, epoch and number of workers: same batches
 )->PictureLoader: # iterate over it, once per epoch
     "Stream captioned pictures. Raises `FileNotFoundError` or `ValueError` when the settings cannot give a single batch."
-    check_config(config, batch_size)
+    check_config(config if train else replace(config, weights=None), batch_size)    # validation knows no weights
     shards = find_shards(config.files)
     empty = [f for k,f in enumerate(config.files) if not any(s.source == k for s in shards)] if config.weights else []
     if empty or not shards: raise ValueError(f'data.files: the files of {redact(empty or config.files)} hold no samples' + ' of their own'*bool(empty))

@@ -243,7 +243,8 @@ def check_recipe(
         if width % 8: problems.append(f'text.dim: found {width} as the width of the words, expected a multiple of 8, the heads of the model\'s text layers')
     if data: problems += complaints(data, 'data', [
         (data.image_size < 1, 'image_size', 'a number above 0'), (data.workers < 0, 'workers', '0 or more'), (data.shuffle < 0, 'shuffle', '0 or more'),
-        (data.epoch_size is not None and data.epoch_size < 1, 'epoch_size', 'a number above 0, or null')])
+        (data.epoch_size is not None and data.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
+        (data.weights is not None and (len(data.weights) != len(data.files) or min(data.weights, default=0) <= 0), 'weights', f'one number above 0 for each of the {len(data.files)} entries of data.files, or null')])
     if data and scales and data.image_size > 0:
         unit, least = scales[0]*2**(len(inner.channels) - 1), scales[0]*8
         problems += complaints(data, 'data', [(data.image_size % unit or data.image_size < least, 'image_size',

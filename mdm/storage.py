@@ -64,7 +64,8 @@ def explain(
     "Turn an error of any driver into one that says what to do, without secrets."
     causes = [e, e.__cause__] if e.__cause__ else [e]
     status = next((s for c in causes if isinstance(s := getattr(c, 'status', None), int)), None)
-    text,path = redact(f'{type(e).__name__}: {e}'),redact(path)
+    last,path = causes[-1],redact(path)
+    text = redact(f'{type(last).__name__}: {last}')    # never repr(), which shows headers
     if isinstance(e, ImportError): return ImportError(f"{path} cannot be read without an extra package: pip install 'mdm[data]' (or the fsspec driver of that place). {text}")
     if any('Credentials' in type(c).__name__ for c in causes):
         return PermissionError(f'{path}: no credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or FSSPEC_S3_ANON=true for a public bucket. {text}')
@@ -74,7 +75,7 @@ def explain(
     if status in (404,410) or gone and status is None:
         return FileNotFoundError(errno.ENOENT, 'there is no such ' + ('bucket' if 'bucket does not exist' in str(e) or path.endswith('/') else 'file'), path)
     if isinstance(e, (ValueError,NotImplementedError)) and not isinstance(e, ConnectionError): return ValueError(f'{path}: {text}')
-    return ConnectionError(f'{path}: {redact(repr(e.__cause__)) if e.__cause__ and isinstance(e, FileNotFoundError) else text}')
+    return ConnectionError(f'{path}: {text}')
 
 def patiently(
     action, # a function without arguments that asks a server for something
