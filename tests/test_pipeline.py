@@ -1,0 +1,166 @@
+"The pipeline as people use it: any batch size, stopping, pictures of any kind, and what it remembers."
+import gc, weakref
+import numpy as np, pytest, torch
+from PIL import Image
+from mdm.checkpoint import save_checkpoint
+from mdm.nested_unet import create_model
+from mdm.pipeline import MDMPipeline, from_pil, to_pil
+from mdm.recipe import RecipeError, load_recipe
+from mdm.text import HashEncoder
+
+tiny = '''model.channels=[8,8] model.inner.channels=[8,8] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16 model.inner.time_dim=16 model.num_groups=4
+    model.inner.num_groups=4 text.dim=16 data.image_size=16 sample.steps=4'''.split()
+prompt = 'a large red cross in the centre on a white background'
+pixels = lambda picture: np.asarray(picture).astype(int)
+
+@pytest.fixture(scope='module')
+def pipe():
+    recipe = load_recipe('shapes', tiny)
+    torch.manual_seed(0)
+    model = create_model(recipe.model, recipe.text.dim)
+    for p in model.parameters(): p.data += .05*torch.randn_like(p)
+    return MDMPipeline(model, recipe, device='cpu', bf16=False)
+
+@pytest.fixture
+def calls(pipe):
+    "The sizes of the batches that reach the network."
+    sizes = []
+    handle = pipe.model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[1])))
+    yield sizes
+    handle.remove()
+
+def same(a, b, by=1): return len(a) == len(b) and all(abs(pixels(x) - pixels(y)).max() <= by for x, y in zip(a, b))
+
+@pytest.mark.parametrize('wishes', [{}, dict(eta=1.), dict(eta='ddpm'), dict(solver='dpm++2m', spacing='logsnr'), dict(solver='unipc', guidance_interval=(.1, .8), guidance_rescale=.7), dict(guidance=1.)], ids=str)
+def test_batch_size_changes_nothing(pipe, wishes):
+    whole = pipe(['a red ring', prompt], n=3, seed=5, **wishes)
+    for batch_size in (1, 4, 5): assert same(pipe(['a red ring', prompt], n=3, seed=5, batch_size=batch_size, **wishes), whole)
+    assert same(pipe(prompt, n=1, seed=9, **wishes), whole[4:5])                       # what a picture's seed says makes it again
+
+def test_memory_is_that_of_a_batch(pipe, calls):
+    pipe(prompt, n=7, batch_size=3)
+    assert calls == [6]*4 + [6]*4 + [2]*4
+
+def test_batches_are_let_go(pipe):
+    "No tensor of an earlier batch is alive when the next one begins."
+    alive, step = [], next(pipe.steps([prompt]))
+    def progress(done, total):
+        gc.collect(); alive.append(sum(torch.is_tensor(o) and o.shape[-3:] == (3, 16, 16) for o in gc.get_objects()))
+    del step; gc.collect()
+    pipe(prompt, n=6, batch_size=1, progress=progress)
+    assert max(alive[4:]) <= max(alive[:4])
+
+def test_progress_counts_to_the_end(pipe):
+    seen = []
+    pipe(prompt, n=3, batch_size=2, progress=lambda *a: seen.append(a))
+    assert seen == [(k, 8) for k in range(1, 9)]
+    seen.clear(); given = pipe(prompt, n=1)[0]
+    seen.clear(); pipe.img2img(given, prompt, strength=.5, n=1, progress=lambda *a: seen.append(a))
+    assert seen == [(1, 2), (2, 2)]
+
+@pytest.mark.parametrize('stop,batches', [(1, 0), (4, 1), (5, 1), (8, 2), (11, 2), (12, 3)])
+def test_stopping(pipe, calls, stop, batches):
+    whole = pipe(prompt, n=3, batch_size=1)
+    calls.clear()
+    hi, lo = pipe(prompt, n=3, batch_size=1, every_resolution=True, progress=lambda done, total: done < stop)
+    assert same(hi, whole[:len(hi)]) and len(hi) == len(lo) == batches and len(calls) <= stop + 1
+
+def test_an_error_in_progress_comes_through(pipe, calls):
+    def progress(done, total): raise RuntimeError('mine')
+    with pytest.raises(RuntimeError, match='mine'): pipe(prompt, progress=progress)
+    assert len(calls) == 1 and not torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
+
+def test_leaving_the_generator(pipe, calls):
+    steps = pipe.steps([prompt]); next(steps); steps.close()
+    assert len(calls) == 1 and torch.is_grad_enabled()
+    for step in pipe.steps([prompt]): assert torch.is_grad_enabled()                   # while the caller has its turn
+    ref = weakref.ref(step.x[0]); del step, steps; gc.collect()
+    assert ref() is None
+
+def test_prompts_are_encoded_once(monkeypatch, pipe):
+    asked, encode = [], HashEncoder._encode
+    monkeypatch.setattr(HashEncoder, '_encode', lambda self, prompts: asked.extend(prompts) or encode(self, prompts))
+    for _ in range(2): pipe(['a new prompt', 'another new one', 'a new prompt'], n=3, batch_size=2, negative_prompt='not this')
+    assert sorted(o for o in asked if o) == ['a new prompt', 'another new one', 'not this']
+
+def test_moving(pipe):
+    assert pipe.to('cpu') is pipe and pipe.device == torch.device('cpu') and same(pipe(prompt, n=1), pipe.to(torch.device('cpu'))(prompt, n=1), 0)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_moving_to_a_gpu_and_back(pipe):
+    before = pipe(prompt, n=2, solver='unipc')
+    try: assert same(pipe.to('cuda')(prompt, n=2, solver='unipc'), before, 3)          # other arithmetic, the same noise
+    finally: pipe.to('cpu')
+    assert same(pipe(prompt, n=2, solver='unipc'), before, 0)
+
+def test_config(pipe):
+    c = pipe.config(steps=7, guidance=2., threshold='none', solver='unipc', spacing='logsnr', guidance_interval=(.1, .9), guidance_rescale=.5)
+    assert (c.steps, c.guidance, c.threshold, c.solver, c.spacing, c.guidance_interval, c.guidance_rescale, c.eta) == (7, 2., 'none', 'unipc', 'logsnr', (.1, .9), .5, 0.)
+    assert pipe.config() == pipe.recipe.sample
+    with pytest.raises(TypeError, match='stepz'): pipe(prompt, stepz=3)
+    with pytest.raises(RecipeError, match='guidance_interval'): pipe(prompt, guidance_interval=(.9, .1))
+
+def test_eta_and_solver(pipe):
+    stochastic = MDMPipeline(pipe.model, load_recipe('shapes', tiny + ['sample.eta=0.5']), device='cpu')
+    assert (stochastic.config().eta, stochastic.config(solver='unipc').eta, stochastic.config(eta='ddpm').solver, stochastic.config(eta='ddpm').eta) == (.5, 0., 'ddpm', 0.)
+    fast = MDMPipeline(pipe.model, load_recipe('shapes', tiny + ['sample.solver=unipc']), device='cpu')
+    assert (fast.config(eta=.5).solver, fast.config(eta=0.).solver, fast.config(eta='ddpm').solver) == ('ddim', 'unipc', 'ddpm')
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'CMYK', '1', 'I;16'])
+def test_pictures_of_any_kind(pipe, tmp_path, mode):
+    picture = Image.new('I;16', (16, 16), 40000) if mode == 'I;16' else Image.new('RGB', (16, 16), (200, 30, 90)).convert(mode)
+    assert len(pipe.img2img(picture, prompt, n=2)) == 2
+    if mode in ('RGB', 'L', 'P', 'RGBA'):
+        picture.save(tmp_path/'a.png')
+        assert same(pipe.img2img(tmp_path/'a.png', prompt, n=1), pipe.img2img(picture, prompt, n=1)) and same(pipe.img2img(str(tmp_path/'a.png'), prompt, n=1), pipe.img2img(picture, prompt, n=1))
+
+@pytest.mark.parametrize('solver', ['ddim', 'ddpm', 'dpm++2m', 'unipc'])
+def test_tools_keep_what_is_given(pipe, solver):
+    picture, mask = to_pil(torch.rand(1, 3, 16, 16)*2 - 1)[0], Image.new('L', (16, 16))
+    mask.paste(255, (4, 4, 11, 16))
+    for painted in pipe.inpaint(picture, mask, [prompt, 'a blue ring'], n=2, batch_size=3, solver=solver, repeats=2):
+        changed = (pixels(painted) != pixels(picture)).any(2)
+        assert not changed[pixels(mask) == 0].any() and changed[pixels(mask) == 255].mean() > .9
+    small = picture.resize((8, 8))
+    hi, lo = pipe.upscale(small, prompt, n=3, solver=solver, every_resolution=True)
+    assert all(same([o], [small], 0) for o in lo) and not same(hi[:1], hi[1:2])
+
+def test_an_empty_mask_changes_nothing(pipe):
+    picture = to_pil(torch.rand(1, 3, 16, 16)*2 - 1)[0]
+    assert same(pipe.inpaint(picture, Image.new('L', (16, 16)), prompt, n=1), [picture], 0)
+
+@pytest.mark.parametrize('call,error,said', [
+    (lambda p, im, d: p.upscale(im, prompt), ValueError, 'cannot upscale a picture of 16 x 16 pixels: resize it to 8 x 8'),
+    (lambda p, im, d: p.img2img(im.resize((9, 7)), prompt), ValueError, 'the picture has 9 x 7 pixels, and the model draws 16 x 16'),
+    (lambda p, im, d: p.inpaint(im, im.resize((8, 8)), prompt), ValueError, 'the mask has 8 x 8'),
+    (lambda p, im, d: p.img2img(im, prompt, strength=1.5), ValueError, 'strength: found 1.5'),
+    (lambda p, im, d: p.img2img(im, prompt, strength=.01), ValueError, 'strength 0.01 leaves nothing'),
+    (lambda p, im, d: p.inpaint(im, im, prompt, repeats=0), ValueError, 'repeats: found 0'),
+    (lambda p, im, d: p.img2img(d/'none.png', prompt), FileNotFoundError, 'none.png'),
+    (lambda p, im, d: p.img2img(d/'text.png', prompt), ValueError, 'text.png is not a picture'),
+    (lambda p, im, d: p.img2img(d/'cut.png', prompt), ValueError, 'cut.png is not a picture'),
+    (lambda p, im, d: p.img2img(d, prompt), FileNotFoundError, 'no picture'),
+    (lambda p, im, d: p(prompt, batch_size=0), ValueError, 'batch_size: found 0')])
+def test_mistakes(pipe, tmp_path, calls, call, error, said):
+    (tmp_path/'text.png').write_text('no picture')
+    to_pil(torch.rand(1, 3, 16, 16))[0].save(tmp_path/'cut.png'); (tmp_path/'cut.png').write_bytes((tmp_path/'cut.png').read_bytes()[:200])
+    with pytest.raises(error, match=said): call(pipe, to_pil(torch.zeros(1, 3, 16, 16))[0], tmp_path)
+    assert not calls                                                                   # nothing was computed before
+
+def test_one_resolution_cannot_upscale(pipe):
+    recipe = load_recipe('shapes', tiny)
+    recipe.model = recipe.model.inner
+    flat = MDMPipeline(create_model(recipe.model, 16), recipe, device='cpu', bf16=False)
+    with pytest.raises(ValueError, match='nested model'): flat.upscale(Image.new('RGB', (8, 8)), prompt)
+    assert flat.inpaint(Image.new('RGB', (16, 16)), Image.new('L', (16, 16), 255), prompt, n=1, steps=2)[0].size == (16, 16)
+
+def test_which_weights(pipe, tmp_path):
+    average = {k: v.clone() for k, v in pipe.model.state_dict().items()}
+    save_checkpoint(tmp_path/'step_1', pipe.recipe, average, {k: v + .01 for k, v in average.items()}, step=1)
+    weights = lambda **kw: next(iter(MDMPipeline.from_pretrained(tmp_path, device='cpu', **kw).model.state_dict().values()))
+    assert torch.equal(weights(raw=True), weights() + .01)
+
+def test_there_and_back():
+    dots = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16).to(torch.uint8)
+    picture = Image.fromarray(dots[0].permute(1, 2, 0).numpy())
+    assert same(to_pil(from_pil(picture)), [picture], 0)
