@@ -60,15 +60,21 @@ def server_config(
     visitors:int, # how many at a time
 )->dict: # settings of Voila and of the servers below it
     "What the page may do."
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from tornado.web import HTTPError
-    def enough(handler, notebook, cwd):
-        if len(handler.kernel_manager) >= visitors: raise HTTPError(503, reason='All places are taken. Please come back later')
+    class BoundedKernelManager(AsyncMappingKernelManager):
+        starting = 0
+        async def start_kernel(self, **kwargs):
+            if len(self) + self.starting >= visitors: raise HTTPError(503, reason='All places are taken. Please come back later')
+            self.starting += 1
+            try: return await super().start_kernel(**kwargs)
+            finally: self.starting -= 1
     policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: data: blob:; object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'self'"
     return dict(
-        Voila=dict(ip=host, port=port, port_retries=0, open_browser=False, config_file_paths=[], log_level='ERROR', tornado_settings=dict(
+        Voila=dict(ip=host, port=port, port_retries=0, open_browser=False, log_level='ERROR', tornado_settings=dict(
             allow_remote_access=not is_local(host), local_hostnames=['localhost', host], websocket_max_message_size=2**20, headers={'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'})),
         VoilaConfiguration=dict(template='mdm', strip_sources=True, show_tracebacks=False, file_allowlist=[], allow_template_override='NO', allow_theme_override='NO',
-            extension_allowlist=['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8'], prelaunch_hook=enough),
+            extension_allowlist=['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8'], multi_kernel_manager_class=BoundedKernelManager),
         MappingKernelManager=dict(cull_idle_timeout=900, cull_interval=60, cull_connected=False, buffer_offline_messages=False))
 
 def is_local(
@@ -100,6 +106,7 @@ def serve_page(
         from voila.app import Voila
     except ImportError as e: raise ImportError(f"the page is served by Voila, which cannot be imported here ({e}): pip install 'mdm[app]'") from None
     class PageServer(Voila):
+        def load_config_file(self, *args, **kwargs): pass
         def listen(self):
             self.app.listen = partial(self.app.listen, max_body_size=2**20)
             super().listen()

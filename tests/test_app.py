@@ -1,0 +1,265 @@
+"mdm_app: the page in a real browser, and what a stranger could send to its server."
+import http.client, json, os, shutil, signal, socket, subprocess, sys, time, uuid
+from io import BytesIO
+from pathlib import Path
+import pytest
+from PIL import Image
+from mdm.cli_app import free_port, is_local, mdm_app, named_checkpoints, write_page
+
+evil = '<script>document.title="owned"</script><img src=x onerror="document.title=1">a red circle'
+ready = 90_000   # ms: the page starts a Python process that loads PyTorch
+
+class Server:
+    def __init__(self, folder, *args):
+        self.port, self.log = free_port('127.0.0.1', 0), folder/'log.txt'
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'import sys; sys.path.pop(0); from mdm.cli_app import mdm_app; sys.exit(mdm_app(sys.argv[1:]))', *args, '--port', str(self.port)],
+            stdout=self.log.open('w'), stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'TMPDIR': str(folder)})
+        self.url, start = f'http://127.0.0.1:{self.port}/', time.time()
+        while f'mdm_app: {self.url}' not in self.log.read_text() or socket.socket().connect_ex(('127.0.0.1', self.port)):
+            assert self.process.poll() is None and time.time() - start < 120, self.log.read_text()
+            time.sleep(.1)
+
+    def ask(self, path, method='GET', body=None, **headers):
+        "The answer to a request exactly as written: no client tidies the path."
+        c = http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
+        c.putrequest(method, path, skip_host='Host' in headers)
+        for k, v in {**headers, 'Content-Length': str(len(body or ''))}.items(): c.putheader(k, v)
+        c.endheaders(body.encode() if body else None)
+        r = c.getresponse(); return r.status, r.read(200_000), r
+
+    def stop(self, sig=signal.SIGTERM): self.process.send_signal(sig); return self.process.wait(60)
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    d = tmp_path_factory.mktemp('app')
+    (d/'secret.png').write_bytes(b'secret'); (d/'secret.txt').write_text('secret')
+    (d/'voila.py').write_text('raise SystemExit("a configuration file of the working folder was run")')
+    return d
+
+@pytest.fixture(scope='module')
+def server(folder):
+    s = Server(folder, 'shapes', '--visitors', '3')
+    yield s
+    assert s.stop() == 0
+    assert not list(folder.glob('mdm_app_*')) and not list(folder.glob('voila_*')), 'the server left files behind'
+
+@pytest.fixture(scope='module')
+def browser():
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    assert chromium, 'no Chromium here: install it (apt-get install chromium) to test the page'
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield b
+        b.close()
+
+def opened(browser, url, **kwargs):
+    page = browser.new_context(accept_downloads=True, **kwargs).new_page()
+    page.requests, page.errors = [], []
+    page.set_default_timeout(20_000)
+    page.on('request', lambda r: page.requests.append(r.url))
+    page.on('websocket', lambda w: page.requests.append(w.url))
+    page.on('pageerror', lambda e: page.errors.append(str(e)))
+    page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
+    page.policy = page.goto(url).headers['content-security-policy']
+    return page
+
+@pytest.fixture(scope='module')
+def page(server, browser):
+    page = opened(browser, server.url, viewport=dict(width=1280, height=1400))
+    page.get_by_text('Ready').wait_for(timeout=ready)
+    yield page
+    page.context.close()
+
+def press(page, name): page.get_by_role('button', name=name, exact=True).click()
+def picture(page, k=0): return page.locator('.mdm-levels img').nth(k).get_attribute('src')
+def status(page): return page.get_by_role('status').inner_text()
+
+def finish(page):
+    page.wait_for_function("document.querySelector('[role=status]').innerText.match(/Done|Stopped/)", timeout=60_000)
+
+def start(page, **fields):
+    for label, text in fields.items(): page.get_by_label(label, exact=True).first.fill(text); page.get_by_label(label, exact=True).first.press('Tab')
+    press(page, 'Run')
+    page.wait_for_function("document.querySelector('[role=status]').innerText.startsWith('Step')", timeout=60_000)
+
+def test_it_starts_without_the_network(page):
+    assert {u.split('/')[2] for u in page.requests if u.startswith(('http', 'ws'))} == {page.url.split('/')[2]}
+    assert not [e for e in page.errors if 'favicon' not in e], page.errors
+    assert "default-src 'self'" in page.policy and 'http' not in page.policy
+    assert page.title() == 'Matryoshka Diffusion' and page.get_by_role('heading', name='Matryoshka Diffusion').is_visible()
+    assert 'SamplerWidget' not in page.content()                     # the source stays on the server
+
+def test_run_pictures_change_and_end(page):
+    start(page, Prompt='a large red cross in the centre on a white background', Steps='60', Pictures='4')
+    seen = set()
+    for _ in range(200):
+        if page.locator('.mdm-levels img').count(): seen.add(picture(page))
+        if 'Done' in status(page): break
+        page.wait_for_timeout(50)
+    finish(page)
+    assert len(seen) > 3 and 'step 60 of 60' in status(page)
+    assert page.locator('.mdm-levels img').count() == 2 and page.locator('.mdm-levels img').first.evaluate("o => o.naturalWidth == 65 && o.width > 300 && getComputedStyle(o).imageRendering == 'pixelated'")
+    assert page.locator('svg .mdm-now').count() == 1 and not page.errors
+
+def test_stop_from_the_page(page):
+    start(page, Steps='900', Seed='3')
+    press(page, 'Stop'); finish(page)
+    steps = int(status(page).split('step ')[1].split()[0])
+    assert 'Stopped at' in status(page) and 0 < steps < 900 and page.get_by_role('button', name='Run', exact=True).is_enabled()
+
+def test_scrub(page):
+    start(page, Steps='12', Seed='4'); finish(page)
+    last = picture(page)
+    press(page, 'step 1')
+    page.get_by_text('Path: step 1 of 12').wait_for()
+    assert picture(page) != last
+    handle = page.locator('.mdm-results .noUi-handle')
+    handle.focus(); handle.press('ArrowRight')                       # by keyboard too
+    page.get_by_text('Path: step 2 of 12').wait_for()
+    press(page, 'step 12'); page.get_by_text('Path: step 12 of 12').wait_for()
+    page.wait_for_function('o => document.querySelector(".mdm-levels img").src == o', arg=last)
+    page.get_by_role('button', name='noisy xₜ').click(); press(page, 'step 1')
+    page.wait_for_function('o => document.querySelector(".mdm-levels img").src != o', arg=last)
+    page.get_by_role('button', name='clean x₀').click()
+    page.get_by_label('Inner resolutions too').uncheck()
+    page.locator('.mdm-levels img').nth(1).wait_for(state='hidden')
+    page.get_by_label('Inner resolutions too').check()
+
+def test_history_restores(page):
+    start(page, Prompt='a small blue bar', Steps='5', Seed='21', Pictures='1'); finish(page)
+    one = picture(page)
+    start(page, Prompt='a large green ring', Steps='6', Seed='22', Pictures='2'); finish(page)
+    page.get_by_role('button', name='seed 21').click()
+    page.get_by_text('Brought back').wait_for()
+    assert [page.get_by_label(o, exact=True).first.input_value() for o in ('Prompt', 'Steps', 'Seed', 'Pictures')] == ['a small blue bar', '5', '21', '1']
+    assert picture(page) == one
+
+def test_downloads(page):
+    with page.expect_download() as d: page.get_by_role('link', name='seed 21').click()
+    data = Path(d.value.path()).read_bytes()
+    picture = Image.open(BytesIO(data))
+    assert d.value.suggested_filename == 'mdm_seed21.png' and picture.size == (32, 32)
+    assert picture.text['prompt'] == 'a small blue bar' and picture.text['seed'] == '21' and json.loads(picture.text['settings'])['sides'][0]['steps'] == 5
+    press(page, 'Make a GIF of the path')
+    with page.expect_download() as d: page.get_by_role('link', name='Download the GIF').click()
+    gif = Image.open(d.value.path())
+    assert d.value.suggested_filename.endswith('.gif') and gif.format == 'GIF' and gif.n_frames == 5
+
+def test_compare_side_by_side(page):
+    page.get_by_label('Compare with').check()
+    page.get_by_label('Steps', exact=True).nth(1).fill('4'); page.get_by_label('Solver', exact=True).nth(1).select_option('unipc')
+    start(page, Seed='2'); finish(page)
+    a, b = (page.locator('.mdm-sides > .widget-box').nth(k) for k in range(2))
+    assert 'A: shapes, steps 5, solver ddim' in a.inner_text() and 'B: shapes, steps 4, solver unipc' in b.inner_text()
+    assert a.bounding_box()['y'] == b.bounding_box()['y'] and a.bounding_box()['x'] < b.bounding_box()['x']
+    page.get_by_label('Compare with').uncheck()
+
+def test_prompts_are_text(page):
+    start(page, Prompt=evil, **{'Negative prompt': evil}); finish(page)
+    page.get_by_role('button', name='seed 2', exact=False).first.wait_for()
+    assert page.title() == 'Matryoshka Diffusion' and page.locator('img[src=x]').count() == 0 and page.locator('.mdm-sampler script').count() == 0
+    assert page.get_by_label('Prompt', exact=True).input_value() == evil
+
+def test_errors_are_told(page):
+    start_errors = len(page.errors)
+    page.get_by_label('Prompt', exact=True).fill('x'*2500 + evil); press(page, 'Run')
+    page.get_by_role('alert').wait_for()
+    assert 'characters: 2,000 are the most' in page.get_by_role('alert').inner_text()
+    page.get_by_label('Prompt', exact=True).fill('a red circle'); start(page); finish(page)
+    assert page.get_by_role('alert').count() == 0 and len(page.errors) == start_errors
+
+def test_controls_have_names(page):
+    assert page.evaluate("""() => [...document.querySelectorAll('.mdm-sampler input, .mdm-sampler select, .mdm-sampler textarea, .mdm-sampler button')]
+        .filter(o => o.offsetParent && !(o.labels && o.labels.length && o.labels[0].innerText || o.innerText || o.title)).map(o => o.outerHTML)""") == []
+    assert page.evaluate("() => [...document.querySelectorAll('.mdm-sampler img')].every(o => o.hasAttribute('alt'))")
+
+def test_on_a_telephone(server, browser):
+    page = opened(browser, server.url, viewport=dict(width=390, height=844), is_mobile=True, has_touch=True)
+    page.get_by_text('Ready').wait_for(timeout=ready)
+    start(page); finish(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    out = "() => [...document.querySelectorAll('.mdm-sampler *:not(.noUi-origin)')].filter(o => o.offsetParent && (o.getBoundingClientRect().right > innerWidth + 1 || o.getBoundingClientRect().left < -1)).map(o => o.className)"
+    assert page.evaluate(out) == []
+    page.get_by_text('More about sampling').first.tap()
+    for name in ('Run', 'Make a GIF of the path', 'step 1'): page.get_by_role('button', name=name, exact=True).scroll_into_view_if_needed(); assert page.get_by_role('button', name=name, exact=True).is_visible()
+    assert page.locator('.mdm-results').bounding_box()['y'] < page.locator('.mdm-fields').bounding_box()['y']      # pictures come before the fine print
+    page.get_by_role('button', name='step 1', exact=True).tap(); page.get_by_text('Path: step 1 of').wait_for()
+    assert page.evaluate(out) == []
+    page.context.close()
+
+@pytest.mark.parametrize('path', ['/voila/files/secret.png', '/voila/files/secret.txt', '/voila/files/../secret.png', '/voila/files/%2e%2e/secret.png', '/secret.png', '/../secret.txt', '/etc/passwd', '/voila/files//etc/passwd',
+    '/voila/static/../../../../../../../../etc/passwd', '/voila/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd', '/voila/templates/lab/static/../../../../../../../../../etc/passwd', '/voila/templates/../static/passwd', '/voila/labextensions/../../../../../../../../etc/passwd',
+    '/api/contents', '/api/contents/secret.txt', '/api/kernels', '/api/sessions', '/api/terminals', '/tree', '/lab', '/notebooks', '/voila/tree', '/voila/render/x.ipynb', '/voila/api/contents/', '/files/secret.txt', '/Matryoshka%20Diffusion.ipynb', '/voila/files/Matryoshka%20Diffusion.ipynb'])
+def test_no_way_to_files(server, path):
+    status, body, r = server.ask(path)
+    if status == 302: status, body, r = server.ask(r.headers['Location'].replace(' ', '%20'))
+    assert status >= 400 and b'secret' not in body.replace(path.encode(), b'') and b'root:' not in body and b'SamplerWidget' not in body, (path, status, body[:300])
+
+@pytest.mark.parametrize('method, path', [('POST', '/api/kernels'), ('POST', '/api/sessions'), ('POST', '/api/terminals'), ('PUT', '/api/contents/x.txt'), ('POST', '/'), ('POST', '/voila/api/shutdown/x')])
+def test_no_way_to_write(server, method, path):
+    assert server.ask(path, method, json.dumps(dict(name='python3', type='file', content='x')))[0] >= 400
+
+def test_bodies_are_bounded(server):
+    try: assert server.ask('/', 'POST', 'x'*2**21)[0] in (400, 413)
+    except (ConnectionResetError, BrokenPipeError): pass              # hung up on
+    assert server.ask('/voila/static/voila.js')[0] == 200
+
+def test_foreign_names_are_refused(server):
+    assert server.ask('/', Host='evil.example')[0] == 403            # a page elsewhere that points its name to this machine
+
+def test_a_message_cannot_run_code(server, page, folder):
+    "What the page's own connection lets through: widgets' messages, not code."
+    import websocket
+    mark = folder/'ran'
+    kernel = next(u for u in page.requests if u.startswith('ws') and '/channels' in u).split('/api/kernels/')[1].split('/')[0]
+    ws = websocket.create_connection(f'ws://127.0.0.1:{server.port}/api/kernels/{kernel}/channels', timeout=20)
+    def send(kind, channel='shell', **content):
+        id = uuid.uuid4().hex
+        ws.send(json.dumps(dict(header=dict(msg_id=id, msg_type=kind, username='', session='x', version='5.3', date=''), parent_header={}, metadata={}, content=content, channel=channel, buffers=[])))
+        return id
+    code = f'open({str(mark)!r}, "w").write("x")'
+    for kind, content in (('execute_request', dict(code=code, silent=False, store_history=False, user_expressions={'a': code}, allow_stdin=False, stop_on_error=True)), ('inspect_request', dict(code='mdm', cursor_pos=3)),
+                          ('complete_request', dict(code='import o', cursor_pos=8)), ('history_request', dict(hist_access_type='tail', n=5)), ('create_subshell_request', {}), ('debug_request', dict(type='request', command='evaluate', arguments=dict(expression=code)))):
+        for channel in ('shell', 'control'): send(kind, channel, **content)
+    send('comm_open', comm_id='c1', target_name='os.system', data=dict(command='touch x'))        # only the names that were registered for widgets exist
+    asked, replies = send('kernel_info_request'), []
+    while not replies or replies[-1]['parent_header'].get('msg_id') != asked or replies[-1]['msg_type'] != 'kernel_info_reply': replies.append(json.loads(ws.recv()))
+    assert not mark.exists() and not {r['msg_type'] for r in replies} & {'execute_reply', 'execute_result', 'inspect_reply', 'complete_reply', 'history_reply', 'create_subshell_reply', 'debug_reply'}
+    ws.close()
+    with pytest.raises(Exception): websocket.create_connection(f'ws://127.0.0.1:{server.port}/api/kernels/{kernel}/channels', timeout=20, origin='http://evil.example')
+    start(page); finish(page)                                          # and the page goes on
+
+def test_visitors_are_bounded(server, page):
+    kept = [http.client.HTTPConnection('127.0.0.1', server.port, timeout=90) for _ in range(3)]
+    for c in kept: c.request('GET', '/')
+    assert 503 in [c.getresponse().status for c in kept]
+
+def test_first_screen_without_a_checkpoint(folder, browser):
+    s = Server(folder)
+    try:
+        page = opened(browser, s.url)
+        page.get_by_role('button', name='Try the demo model').wait_for(timeout=ready)
+        assert 'mdm_train' in page.locator('.mdm-sampler').inner_text()
+        press(page, 'Try the demo model'); page.get_by_text('Ready').wait_for(timeout=ready)
+        start(page); finish(page)
+        page.context.close()
+    finally: assert s.stop(signal.SIGINT) in (0, 130)
+
+def test_what_the_command_says(capsys, monkeypatch, tmp_path):
+    assert mdm_app(['no/such/run']) == 2 and 'no/such/run' in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0)); taken.listen()
+        assert mdm_app(['--port', str(taken.getsockname()[1])]) == 2 and '--port' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'voila.app', None)
+    assert mdm_app(['--port', '0']) == 2 and "pip install 'mdm[app]'" in capsys.readouterr().err
+
+def test_names_of_checkpoints(tmp_path):
+    from mdm.checkpoint import find_checkpoint
+    here = find_checkpoint('shapes')
+    for o in ('a/run', 'b/run'): shutil.copytree(here, tmp_path/o)
+    names = named_checkpoints([str(tmp_path/'a'/'run'), str(tmp_path/'b'/'run'), 'shapes'])
+    assert names.pop('shapes') == 'shapes' and len(names) == 2
+    assert list(named_checkpoints([str(tmp_path/'a'/'run')])) == ['run']               # a page need not tell where things lie
+    notebook = json.loads(write_page(tmp_path/'page', {evil + "'\"\\": 'x'}).read_text())
+    compile(notebook['cells'][1]['source'], 'cell', 'exec')

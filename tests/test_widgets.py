@@ -1,0 +1,207 @@
+"The sampler widget without a browser: settings, the thread, Stop, errors, history, downloads."
+import base64, json, re, subprocess, sys, threading, time
+from html import unescape
+from io import BytesIO
+import numpy as np, pytest, torch
+from PIL import Image
+from mdm.nested_unet import create_model
+from mdm.pipeline import MDMPipeline
+from mdm.recipe import load_recipe
+from mdm.sampler import SampleConfig
+from mdm.widgets import SamplerSettings, SamplerWidget, Side, logsnr_svg, path_bytes, styles, avoided, walk_together
+
+evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
+
+@pytest.fixture(scope='module')
+def pipe():
+    torch.set_num_threads(1); torch.manual_seed(0)
+    recipe = load_recipe('shapes', ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]',
+        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'model.inner.num_text_layers=0', 'text.dim=16', 'train.bf16=false', 'sample.steps=6'])
+    return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
+
+def ready(pipe, **kwargs):
+    w = SamplerWidget(pipe, every=0., **kwargs); w.wait(60)
+    assert not w.error.value, w.error.value
+    return w
+
+def run(w, **fields):
+    for k, v in fields.items(): getattr(w, k).value = v
+    w.run(); w.wait(120)
+    assert not w.busy
+    return w
+
+def links(w): return {unescape(n): base64.b64decode(d) for n, d in re.findall(r'download="([^"]+)" href="data:image/\w+;base64,([^"]+)"', w.downloads.value + w.gif.value)}
+
+def test_fields_follow_the_recipe_and_the_sampler(pipe):
+    w = ready(pipe)
+    assert set(w.side_a.sampling) == set(SampleConfig.__dataclass_fields__)          # a control for every field of the sampler
+    assert w.side_a.sampling['steps'].value == 6 and w.side_a.sampling['guidance'].value == pipe.recipe.sample.guidance
+    assert w.prompt.value and len(w.examples.options) > 3
+    w.examples.value = w.examples.options[3][1]
+    assert w.prompt.value == w.examples.options[3][1]
+    w.side_a.sampling['eta'].value = .5; w.side_a.sampling['solver'].value = 'unipc'
+    assert w.side_a.sampling['eta'].disabled and w.settings.sides[0]['eta'] == 0     # which only DDIM knows
+
+def test_every_control_has_a_label(pipe):
+    w = ready(pipe)
+    controls = [w.prompt, w.examples, w.negative, w.style_, w.avoid, w.n, w.seed, w.compare, w.run_button, w.stop_button, w.kind, w.live, w.inner, w.scrub, w.gif_button, *w.side_a.sampling.values(), w.side_a.checkpoint, w.side_a.recipe]
+    assert all(o.description and not o.description_allow_html for o in controls if hasattr(o, 'description_allow_html')) and all(o.description for o in controls)
+
+def test_the_same_pictures_as_the_pipeline(pipe):
+    w = run(ready(pipe), n=2, seed=5, prompt='a red ring', negative='fog')
+    files, run_ = links(w), w.runs[0]
+    assert list(files) == ['mdm_seed5_sheet.png', 'mdm_seed5.png', 'mdm_seed6.png']
+    expected = pipe('a red ring', n=2, seed=5, negative_prompt='fog')
+    for name, picture in zip(list(files)[1:], expected): assert np.array_equal(np.asarray(Image.open(BytesIO(files[name]))), np.asarray(picture))
+    text = Image.open(BytesIO(files['mdm_seed6.png'])).text
+    assert (text['prompt'], text['seed'], text['steps'], text['negative_prompt']) == ('a red ring', '6', '6', 'fog')
+    assert SamplerSettings(**json.loads(text['settings'])).n == 2                   # from which the run can be set up again
+    assert [f.index for f in run_.sides[0].frames] == [1, 2, 3, 4, 5, 6] and w.scrub.max == 5
+    assert 'Done: step 6 of 6' in w.status.value and not w.run_button.disabled and w.stop_button.disabled
+
+@pytest.mark.parametrize('style', styles)
+def test_styles_have_a_hole(style): assert styles[style].count('{}') == 1 and SamplerSettings('{x} %s', style=style).texts()[0].count('{x} %s') == 1
+
+def test_styles_reach_the_model(pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipe, 'steps', lambda prompts, negative, seeds, config: asked.append((prompts, negative, seeds)) or iter(()))
+    run(ready(pipe), prompt='a cat', negative='rain', style_='pixel art', avoid='blur and noise', n=1, seed=3)
+    assert asked == [([styles['pixel art'].format('a cat')], ['rain, ' + avoided['blur and noise']], [3])]
+
+def test_stop_within_one_step(pipe):
+    w = ready(pipe)
+    w.side_a.sampling['steps'].value, original, seen = 900, pipe.steps, []
+    def steps(*args):
+        gen = original(*args)
+        try:
+            for step in gen: seen.append(step.index); step.index == 3 and w.stop(); yield step
+        finally: seen.append('closed')
+    pipe.steps = steps
+    try: run(w, n=1)
+    finally: del pipe.steps
+    assert seen == [1, 2, 3, 'closed']
+    assert 'Stopped at step 3 of 900' in w.status.value and w.runs[0].stopped and len(links(w)) == 2   # what there is can be saved
+    w.side_a.sampling['steps'].value = 4
+    run(w, n=1, seed=1); assert w.runs[0].settings.seed == 1 and not w.runs[0].stopped                                           # and one can go on
+
+def test_a_second_run_is_not_started_beside_the_first(pipe):
+    w = ready(pipe); w.side_a.sampling['steps'].value = 900; w.n.value = 1
+    w.run(); first = w.thread; w.run()
+    assert w.thread is first and w.run_button.disabled and not w.stop_button.disabled
+    w.stop(); w.wait(60); assert not first.is_alive()
+
+def test_scrub_and_views(pipe):
+    w = run(ready(pipe), n=2)
+    view = w.views.children[0]
+    last = view.levels[0].value
+    w.scrub.value = 0
+    assert view.levels[0].value != last and 'step 1 of 6' in w.scrub.description and 'now at step' in w.plot.value
+    clean = view.levels[0].value
+    w.kind.value = False; assert view.levels[0].value != clean                      # x_t
+    w.inner.value = False; assert view.levels[1].layout.display == 'none'
+    w.inner.value = True; assert '16 × 16 pixels' in view.levels[1].value
+    shown = [c for c in w.cards if c.layout.display is None]
+    assert [c.button.description for c in shown] == [f'step {k}' for k in range(1, 7)]
+    shown[3].button.click(); assert w.scrub.value == 3
+    w._make_gif(None)
+    gif = Image.open(BytesIO(links(w)['mdm_seed0_path.gif'])); assert gif.n_frames == 6 and gif.size[1] > 200 and gif.info['loop'] == 0
+
+def test_live_pictures_can_be_switched_off(pipe):
+    seen = []
+    w = ready(pipe); w.live.value = False
+    w.scrub.observe(lambda c: seen.append(c.new), 'max')
+    run(w, n=1); assert seen == [5]
+    w.live.value = True
+    run(w, n=1); assert seen[1:] == [0, 1, 2, 3, 4, 5]
+
+def test_history_brings_back_settings_and_pictures(pipe):
+    w = ready(pipe, history=3)
+    for k in range(4): run(w, prompt=f'prompt {k}', seed=k, n=1 + k % 2, style_='watercolour' if k == 2 else 'as written')
+    assert [o.settings.seed for o in w.runs] == [3, 2, 1]                           # the oldest is forgotten
+    before = links(w)
+    w.past[1].button.click()
+    assert (w.prompt.value, w.seed.value, w.style_.value, w.n.value) == ('prompt 2', 2, 'watercolour', 1) and list(links(w)) == ['mdm_seed2_sheet.png', 'mdm_seed2.png']
+    assert w.scrub.max == 5 and w.run_ is w.runs[1]
+    w.past[0].button.click(); assert links(w) == before
+
+def test_compare_two_settings_at_one_seed(pipe):
+    w = ready(pipe); w.compare.value = True
+    assert w.side_b.layout.display is None and w.side_b.values == w.side_a.values
+    w.side_b.sampling['steps'].value, w.side_b.sampling['guidance'].value = 3, 1.
+    run(w, n=1, seed=4)
+    a, b = w.runs[0].sides
+    assert (len(a.frames), len(b.frames)) == (6, 3) and 'B: ' in w.views.children[1].title.value and 'steps 3' in w.views.children[1].title.value
+    for side, kwargs in ((a, {}), (b, dict(steps=3, guidance=1.))): assert np.array_equal(side.pictures()[0][0], np.asarray(pipe(w.prompt.value, n=1, seed=4, **kwargs)[0]))
+    assert [n for n in links(w)] == ['mdm_seed4_sheet.png', 'mdm_seed4.png', 'mdm_seed4_b.png']
+    run(w, compare=False); w.past[1].button.click(); assert w.compare.value and w.side_b.sampling['steps'].value == 3
+
+def test_errors_are_told_in_words(pipe, tmp_path):
+    w = ready(pipe)
+    run(w, prompt='x'*2001); assert 'role="alert"' in w.error.value and '2,001 characters' in w.error.value
+    w.prompt.value = 'ok'
+    run(w); assert not w.error.value
+    w.side_a.checkpoint.value = str(tmp_path/evil.replace('/', '')); w.wait(60)
+    assert 'There is neither' in unescape(w.error.value) or 'no folder' in unescape(w.error.value)
+    assert '<script' not in w.error.value and '<img' not in w.error.value
+    run(w); assert w.error.value and not w.run_button.disabled                      # and the widget goes on
+    w.side_a.checkpoint.value = w.side_a.checkpoint.options[0]; w.wait(60); run(w); assert not w.error.value
+    bad = ready(pipe); bad.shelf.given[next(iter(bad.shelf.given))] = None
+    run(bad); assert 'AttributeError' in bad.error.value                            # a bug is not silent either
+
+def test_nothing_from_outside_becomes_html(pipe):
+    w = ready(pipe, checkpoints={evil: f'no/{evil}'})
+    run(w, prompt=evil, negative=evil, n=1)
+    def texts(o, seen):
+        if id(o) in seen: return
+        seen.add(id(o))
+        if type(o).__name__ == 'HTML': yield o.value
+        for c in getattr(o, 'children', ()): yield from texts(c, seen)
+    w.compare.value = True; w.side_b.checkpoint.value = evil; w.wait(60); run(w)
+    everything = ''.join(texts(w, set()))
+    assert evil in unescape(everything)                                             # it is shown, as text
+    assert '<script' not in everything and '<img src=x' not in everything
+
+def test_paths_are_refused_where_they_are_not_allowed(pipe):
+    w = ready(pipe, any_path=False)
+    assert type(w.side_a.checkpoint).__name__ == 'Dropdown'
+    with pytest.raises(ValueError, match='no checkpoint called'): w.shelf('/etc')
+
+@pytest.mark.parametrize('field, value, words', [('n', 10**6, 'number of pictures'), ('seed', -5, 'seed')])
+def test_values_that_get_past_the_browser_are_checked(pipe, field, value, words):
+    w = ready(pipe); o = getattr(w, field); o.min, o.max = -10**9, 10**9             # what a forged message can do
+    run(w, **{field: value}); assert words in w.error.value and not w.runs
+
+def test_forged_sampling_is_refused(pipe):
+    w = ready(pipe); o = w.side_a.sampling['steps']; o.max = 10**9; o.value = 10**8
+    run(w); assert '1000' in w.error.value and not w.runs
+
+def test_two_widgets_live_at_once(pipe):
+    alone = run(ready(pipe), n=1, seed=7); two = [ready(pipe), ready(pipe)]
+    for k, w in enumerate(two): w.n.value, w.seed.value = 1, 7 + k; w.run()
+    for w in two: w.wait(120)
+    assert np.array_equal(two[0].runs[0].sides[0].pictures()[0], alone.runs[0].sides[0].pictures()[0])
+    assert not np.array_equal(two[0].runs[0].sides[0].pictures()[0], two[1].runs[0].sides[0].pictures()[0])
+
+def test_a_path_fits_into_its_memory(pipe):
+    sides = [Side(pipe, SamplerSettings(n=n, sides=[dict(checkpoint='x', steps=steps)])) for n, steps in ((16, 1000), (1, 6), (4, 60))]
+    assert all(8*s.settings.n*s.side**2*min(s.config.steps/s.stride, 61) <= 1.1*path_bytes for s in sides)
+    short = Side(pipe, SamplerSettings(n=1, sides=[dict(checkpoint='x', steps=150)]))
+    for _ in walk_together([short], threading.Event()): pass
+    assert len(short.frames) <= 61 and short.frames[-1].index == 150 and short.done
+
+def test_plot_marks_the_step(pipe):
+    svg = logsnr_svg(pipe.diffusion, [900, 500], 500, [32, 16])
+    assert svg.count('<polyline') == 2 and svg.count('<circle') == 4 and 'class="mdm-now" x1="192.0"' in svg and '32 px' in svg
+
+def test_first_screen_without_a_model():
+    w = SamplerWidget()
+    words = ''.join(getattr(o, 'value', '') for o in w.children)
+    assert 'mdm_train' in words and 'SamplerWidget' in words
+    w.demo_button.click(); w.wait(60)
+    assert w.side_a.checkpoint.value == 'shapes' and not w.error.value and 'Ready' in w.status.value
+
+def test_the_interpreter_can_leave_while_sampling():
+    "A kernel that restarts does not wait for the thread, and leaves nothing behind."
+    code = "from mdm.widgets import SamplerWidget\nw = SamplerWidget('shapes'); w.wait()\nassert not w.error.value, w.error.value\nw.side_a.sampling['steps'].value = 1000\nw.run()\nimport time; time.sleep(.5); assert w.busy; print('leaving')"
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and out.stdout.strip() == 'leaving' and not out.stderr, out
