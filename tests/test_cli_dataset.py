@@ -213,7 +213,7 @@ def served(tmp_path):
 def test_urls(tmp_path, call, served):
     put(tmp_path/'web', 6, bad=[2])
     (tmp_path/'list.tsv').write_text(''.join(f'{served}/{i}.jpg\tpicture {i}\n' for i in range(8)))
-    code, out, err = call('urls', tmp_path/'list.tsv', tmp_path/'out', '--timeout', 5, '--retries', 0, '--resize', 20)
+    code, out, err = call('urls', tmp_path/'list.tsv', tmp_path/'out', '--retries', 0, '--resize', 20)
     assert code == 0 and out.startswith('1 shard with 5 pictures') and f'3 left out (2 x HTTP error 404, 1 x {BAD_PICTURE})' in out and 'Now try: mdm_dataset inspect' in out
 
 def test_urls_mistakes(tmp_path, refused):
