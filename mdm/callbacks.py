@@ -252,7 +252,8 @@ class StepLog(Every):
         self.last, self.pictures, self.elapsed = dict(zip(self.columns, [self.learn.steps, *values])), 0, values[-1]
         if self.bar: self.bar.set_postfix_str(self.postfix())
         line, size = ','.join(f'{v:.6g}' if isinstance(v, float) else str(v) for v in self.last.values()) + '\n', self.path.stat().st_size
-        try: self.path.open('a').write(line)
+        try:
+            with self.path.open('a') as f: f.write(line)
         except OSError: os.truncate(self.path, size); raise
     def postfix(self)->str: # e.g. 'loss 0.1234 (2x 0.2, 1x 0.1), 16 pictures/s, lr 0.001, gradient 0.5, 2.1 GB'
         "What stands behind the bar."
