@@ -4,3 +4,5 @@ from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 sys.path.insert(0, str(Path(__file__).parent))
+
+def pytest_configure(config): config.addinivalue_line('markers', 'gpu: needs NVIDIA GPUs, and is skipped, with a reason that says so, where there are none')
