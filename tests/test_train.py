@@ -55,7 +55,10 @@ class Replay(Callback):
     def before_batch(self): self.learn.xb, self.learn.yb = self.todo.pop(0)
 
 def join(a, b):
-    if isinstance(a, torch.Tensor): return torch.cat([a, b])
+    "Two batches as one; short captions are padded."
+    if isinstance(a, torch.Tensor):
+        if a.ndim in (2, 3): a, b = (torch.cat([o, o.new_zeros(len(o), max(a.shape[1], b.shape[1]) - o.shape[1], *o.shape[2:])], 1) for o in (a, b))
+        return torch.cat([a, b])
     if isinstance(a, dict): return {k: join(a[k], b[k]) for k in a}
     return type(a)(*map(join, a, b)) if hasattr(a, '_fields') else type(a)(map(join, a, b))
 
