@@ -14,23 +14,35 @@ from .nested_unet import *
 from .diffusion import *
 from .sampler import *
 from .text import *
+from .storage import download, find_files
 from .data import *
 from .datasets import *
+from .shards import inspect_shards, split_shards, write_folder
+from .urls import write_urls
+from .embeddings import PrecomputedText, create_encoder_for, embed_shards
 from .recipe import *
 from .checkpoint import *
 from .pipeline import *
 from .callbacks import *
+from .optimizers import *
+from .distributed import DistributedTrainer, distributed_setup, is_main
+from .resume import Checkpoints, load_training, save_training
 from .learner import *
+from .evaluate import clip_scores, compare_runs, evaluate, fid_score, frechet_distance, level_losses
 from .cli_dataset import mdm_dataset
 from .cli_train import mdm_train
 from .cli_sample import mdm_convert, mdm_demo, mdm_sample
+from .cli_evaluate import mdm_evaluate
+from .cli_app import mdm_app
 
 # %% ../nbs/30_all.ipynb #25fb0599
-_rooms = 'schedule layers unet nested_unet diffusion sampler text data datasets recipe checkpoint pipeline callbacks learner'.split()
-_at_home = set('''schedules Level Text pyramid Loss threshold guide Step END
-    BAD_PICTURE NO_PICTURE NO_CAPTION BAD_CAPTION BAD_TAR NOT_IN_TAR TAR_ERRORS META PICTURES Skip locate shuffled
-    colours shapes sizes positions attributes held_out draw caption Fraction sections nearest explain complaints translate
-    FORMAT readable Inert Storage convert Every'''.split())
+_rooms = 'schedule layers unet nested_unet diffusion sampler text data datasets recipe checkpoint pipeline callbacks optimizers learner'.split()
+_some = dict(storage='download find_files', shards='inspect_shards split_shards write_folder', urls='write_urls', embeddings='PrecomputedText create_encoder_for embed_shards',
+    distributed='DistributedTrainer distributed_setup is_main', resume='Checkpoints load_training save_training', evaluate='clip_scores compare_runs evaluate fid_score frechet_distance level_losses',
+    cli_dataset='mdm_dataset', cli_train='mdm_train', cli_sample='mdm_convert mdm_demo mdm_sample', cli_evaluate='mdm_evaluate', cli_app='mdm_app')
+_at_home = set('''schedules Level Text pyramid Loss threshold guide Past advance Given Step END
+    BAD_PICTURE NO_PICTURE NO_CAPTION BAD_CAPTION BAD_TAR NOT_IN_TAR UNREACHABLE NO_EMBEDDING BAD_EMBEDDING TAR_ERRORS META TARS PICTURES Skip locate mixture shuffled end_with_parent
+    colours shapes sizes positions attributes held_out draw caption Fraction sections nearest explain complaints starts translate
+    bundled FORMAT readable Inert Storage convert Every whole_batch memory_used noise_apart spread_like cosine_between grown_dolls'''.split())
 
-__all__ = [name for room in _rooms for name in import_module(f'mdm.{room}').__all__ if name not in _at_home]
-__all__ += ['mdm_convert', 'mdm_dataset', 'mdm_demo', 'mdm_sample', 'mdm_train']
+__all__ = [name for room in _rooms for name in import_module(f'mdm.{room}').__all__ if name not in _at_home] + ' '.join(_some.values()).split()
