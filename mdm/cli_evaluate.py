@@ -50,6 +50,7 @@ def compare_command(
     print(f"A: {found['a']['name']} ({found['a']['folder']})\nB: {found['b']['name']} ({found['b']['folder']})\n{found['pairs']} captions that both drew; differences with their standard errors:\n")
     print_table([('', 'A', 'B', 'B - A', 'better'), *((score_label(k), *(score_text(k, o[n]['value'], o[n]['se']) for n in 'ab'), score_text(k, (d := o['difference'])['value'], d['se'], '+'), d['better'] or 'not clear')
         for k, o in found['scores'].items())])
+    for o in found['notes']: say(f'mdm_evaluate: {o}')
     print(f"\n{out/'compare.html'}: side by side; {out/'compare.json'}: the numbers")
 
 def print_table(
@@ -69,7 +70,7 @@ def evaluate_command(
     if not args.captions and not args.data: raise ValueError('nothing to draw: name a file of captions with --captions, or shards of captioned pictures with --data')
     if args.fid and not args.data: raise ValueError('--fid compares with real pictures: name shards of them with --data')
     from mdm.data import rank_and_world
-    from mdm.evaluate import evaluate, score_label, score_text, picture_path, read_captions
+    from mdm.evaluate import evaluate, score_label, score_note, score_text, picture_path, read_captions
     from mdm.pipeline import MDMPipeline
     captions, out, (rank, world) = args.captions and read_captions(args.captions), Path(args.output or 'evaluation'), rank_and_world()
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema, device=process_device(args.device))
@@ -83,8 +84,7 @@ def evaluate_command(
         raise KeyboardInterrupt(f"stopped with {sum(1 for _ in picture_path(out, 0).parent.glob('*.png'))} pictures in {out}; the same command goes on from there") from None
     if rank: return
     print(f"{found['name']}: {len(found['captions']):,} captions")
-    print_table([(score_label(k), score_text(k, o['value'], o['se']), f"of {o['n']:,}" + (f" drawn and {o['real']:,} real" if 'real' in o else '') + (f"; {score_text(k, o['infinity'])} of infinitely many" if o.get('infinity') is not None else ''))
-        for k, o in found['scores'].items()])
+    print_table([(score_label(k), score_text(k, o['value'], o['se']), f'of {score_note(k, o)}') for k, o in found['scores'].items()])
     for o in found['warnings']: say(f'mdm_evaluate: warning: {o}')
     print(f"{out/'gallery.html'}: the pictures; {out/'results.json'}: the numbers{f'''; {out/'loss.png'}: loss by noise level''' if found['loss'] else ''}")
 

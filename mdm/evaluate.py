@@ -7,8 +7,8 @@ __all__ = ['INCEPTION', 'GALLERY_PAGE', 'read_captions', 'own_blocks', 'fingerpr
            'sample_missing', 'load_pictures', 'wait_for', 'share_work', 'score', 'judge_pictures', 'frechet_distance',
            'leave_out', 'jackknife_error', 'extrapolate_fid', 'load_extractor', 'extract_features', 'KnownFeatures',
            'fid_score', 'load_clip', 'clip_scores', 'read_pictures', 'level_losses', 'summarise_losses', 'plot_losses',
-           'evaluate', 'score_label', 'score_text', 'picture_uri', 'write_gallery', 'read_results', 'pair_captions',
-           'score_difference', 'compare_runs']
+           'evaluate', 'score_label', 'score_text', 'score_note', 'picture_uri', 'write_gallery', 'read_results',
+           'pair_captions', 'score_difference', 'compare_runs']
 
 # %% ../nbs/22_evaluate.ipynb #d83dfc25
 import base64, csv, hashlib, html, io, json, os, random, re, shutil, time, zipfile, zlib
@@ -511,6 +511,13 @@ def score_text(
     scale, places, unit = (100, 1, '\u00a0%') if key.startswith('accuracy') else (1, 2 if max(abs(value), se or 0) >= 1 and key[:4] != 'loss' else 4, '')
     return f'{scale*value:{sign}.{places}f}{unit}' + ('' if se is None else f' ± {scale*se:.{places}f}')
 
+def score_note(
+    key:str, # name of a score
+    o:dict, # the score
+)->str: # e.g. '1,000 drawn, 5,000 real'
+    "How many pictures a score is of, and what else it says."
+    return f"{o['n']:,}" + (f" drawn, {o['real']:,} real" if 'real' in o else '') + (f"; {score_text(key, o['infinity'])} if there were infinitely many" if o.get('infinity') is not None else '')
+
 def picture_uri(
     path:str|Path, # of a picture
     side:int=256, # shown at most this wide, in pixels
@@ -606,7 +613,7 @@ def write_gallery(
     pairs = pairs if len(runs) > 1 else [(i,) for i in range(len(first['captions']))]
     keys = [k for k in first['scores'] if k.startswith('accuracy.') and all(k in r['scores'] for _, r in runs)]
     title = f'{names[0]}: what it draws' if len(runs) == 1 else f'A: {names[0]}, B: {names[1]}'
-    table = table or (('judge', 'score ± standard error', 'of'), [(score_label(k), score_text(k, o['value'], o['se']), f"{o['n']:,}") for k, o in first['scores'].items()])
+    table = table or (('judge', 'score ± standard error', 'of'), [(score_label(k), score_text(k, o['value'], o['se']), score_note(k, o)) for k, o in first['scores'].items()])
     notes = [*notes, *(w for _, r in runs for w in r['warnings'])] + ([f'Embedded here are the first {embed:,} of {len(pairs):,} captions; all pictures lie in the folder pictures of the run.'] if len(pairs) > embed else [])
     losses = {f'{l}' if len(runs) > 1 else n: r['loss'] for l, n, (_, r) in zip('AB', names, runs) if r['loss']}
     plot = f'<div><img alt="loss by noise level" src="data:image/png;base64,{base64.b64encode(_figure(losses)).decode()}"></div>' if losses else ''
