@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['styles', 'avoided', 'general_examples', 'most_pictures', 'longest_prompt', 'path_bytes', 'path_frames', 'path_side',
            'line_colours', 'style_sheet', 'sampling_fields', 'welcome_text', 'example_prompts', 'SamplerSettings',
-           'shrink', 'Frame', 'Side', 'walk_together', 'PipelineShelf', 'tile', 'enlarge', 'beside', 'png_bytes',
-           'gif_bytes', 'film', 'logsnr_svg', 'html', 'classed', 'box', 'download_link', 'labelled',
+           'shrink', 'Frame', 'Side', 'walk_together', 'PipelineShelf', 'tile', 'enlarge', 'side_by_side', 'png_bytes',
+           'gif_bytes', 'film', 'logsnr_svg', 'html_text', 'classed', 'box', 'download_link', 'labelled',
            'sampling_controls', 'SideControls', 'picture_html', 'Card', 'SideView', 'SamplerRun', 'SamplerWidget']
 
 # %% ../nbs/23_widgets.ipynb #cc73e68a
@@ -55,7 +55,7 @@ def example_prompts(
     recipe:Recipe, # of the model
 )->list[str]: # prompts that this model can do something with
     "What to type first."
-    return shapes_captions(6, 1) if recipe.name == 'shapes' else recipe.train.preview_prompts or general_examples
+    return recipe.train.preview_prompts + (shapes_captions(5, 1) if recipe.name == 'shapes' else []) or general_examples
 
 # %% ../nbs/23_widgets.ipynb #8e7a44eb
 most_pictures, longest_prompt = 16, 2000
@@ -224,7 +224,7 @@ def enlarge(
     f = max(1, height//picture.height)
     return picture.resize((picture.width*f, picture.height*f), Image.NEAREST) if picture.height <= height else picture.resize((max(1, picture.width*height//picture.height), height), Image.BOX)
 
-def beside(
+def side_by_side(
     sheets:list[Image.Image], # of any size
     height:int=256, # of the result
 )->Image.Image: # one picture
@@ -262,7 +262,7 @@ def film(
     "The way from noise to picture."
     longest = max(len(s.frames) for s in sides)
     moments = [[s.frames[min(k, len(s.frames) - 1)] for s in sides] for k in range(longest)]
-    return gif_bytes([beside([tile(level) for f in moment for level in (f.x0 if clean else f.x)[:None if inner else 1]]) for moment in moments])
+    return gif_bytes([side_by_side([tile(level) for f in moment for level in (f.x0 if clean else f.x)[:None if inner else 1]]) for moment in moments])
 
 # %% ../nbs/23_widgets.ipynb #72f87a4e
 line_colours = '#1f6feb', '#d9480f', '#2b8a3e', '#862e9c', '#5c5f66'
@@ -324,7 +324,7 @@ style_sheet = '''<style>
 .mdm-download { display: inline-block; padding: 6px 12px; margin: 0 8px 8px 0; border: 1px solid currentColor; border-radius: 4px; color: inherit; text-decoration: none; font-size: 12px; } .mdm-download:hover { background: rgba(31, 111, 235, .12); }
 </style>'''
 
-def html(
+def html_text(
     text:str='', # HTML; what is in it from outside is escaped
     **kwargs, # for the widget
 )->W.HTML: # a widget
@@ -431,7 +431,7 @@ class Card(W.VBox):
     def __init__(self,
         pressed, # called with this card
     ):
-        self.image, self.button = html(), W.Button()
+        self.image, self.button = html_text(), W.Button()
         self.button.on_click(lambda _: pressed(self))
         super().__init__([self.image, self.button], layout=W.Layout(display='none'))
         classed(self, 'mdm-card')
@@ -453,7 +453,7 @@ class Card(W.VBox):
 class SideView(W.VBox):
     "The pictures of one side, a sheet per resolution."
     def __init__(self, levels:int): # how many resolutions
-        self.title, self.levels = html(), [html() for _ in range(levels)]
+        self.title, self.levels = html_text(), [html_text() for _ in range(levels)]
         super().__init__([self.title, box('mdm-levels', *self.levels)])
 
     def show(self,
@@ -501,7 +501,7 @@ class SamplerWidget(W.VBox):
         self.shelf, self.every, self.runs, self.run_, self.thread = PipelineShelf(pipe, checkpoints, recipe, device, any_path), every, [], None, None
         self.stop_sign, self.drawing, self.busy = threading.Event(), threading.RLock(), False
         self.cards, self.past = [[Card(f) for _ in range(k)] for f, k in ((self._jump, strip), (self._restore, history))]
-        super().__init__([html(style_sheet)])
+        super().__init__([html_text(style_sheet)])
         classed(self, 'mdm-sampler')
         (self._open if self.shelf.paths else self._welcome)()
 
@@ -511,7 +511,7 @@ class SamplerWidget(W.VBox):
         self.demo_button = W.Button(description='Try the demo model', button_style='primary', tooltip='Open the small model that comes with the library')
         def demo(_): self.shelf.paths['shapes'] = 'shapes'; self._open()
         self.demo_button.on_click(demo)
-        self.children = [self.children[0], html(welcome_text), box('mdm-buttons', self.demo_button)]
+        self.children = [self.children[0], html_text(welcome_text), box('mdm-buttons', self.demo_button)]
 
     def _open(self):
         self._fields(); self._results()
@@ -534,7 +534,7 @@ class SamplerWidget(W.VBox):
         self.run_button = W.Button(description='Run', button_style='primary', tooltip='Make the pictures')
         self.stop_button = W.Button(description='Stop', disabled=True, tooltip='Stop after the current step')
         self.progress = W.IntProgress(0, min=0, max=1, layout=W.Layout(width='auto', display='none'))
-        self.status, self.error = html(), html()
+        self.status, self.error = html_text(), html_text()
         self.side_b.layout.display = 'none'
         self.examples.observe(lambda c: c.new and setattr(self.prompt, 'value', c.new), 'value')
         self.compare.observe(self._toggle_compare, 'value')
@@ -543,12 +543,12 @@ class SamplerWidget(W.VBox):
     def _results(self):
         self.kind = labelled(W.ToggleButtons(options=[('clean x₀', True), ('noisy xₜ', False)], style={'button_width': '84px'}, tooltips=['What the network takes the picture to be', 'The picture with the noise still on it']), 'Show')
         self.live, self.inner = W.Checkbox(True, description='Show the path as it forms', indent=False), W.Checkbox(True, description='Inner resolutions too', indent=False)
-        self.views = box('mdm-sides', html('<p>The pictures will appear here.</p>'))
+        self.views = box('mdm-sides', html_text('<p>The pictures will appear here.</p>'))
         self.scrub = labelled(W.IntSlider(0, min=0, max=0, readout=False), 'Path, from noise to picture', 'Move through the steps')
         self.strip = box('mdm-strip', *self.cards)
         self.gif_button = W.Button(description='Make a GIF of the path', tooltip='Makes the file; a link to it appears below')
-        self.downloads, self.gif, self.plot = html(), html(), html()
-        self.history = W.VBox([html('<h3>History: press a picture to bring it back with its settings</h3>'), box('mdm-strip', *self.past)])
+        self.downloads, self.gif, self.plot = html_text(), html_text(), html_text()
+        self.history = W.VBox([html_text('<h3>History: press a picture to bring it back with its settings</h3>'), box('mdm-strip', *self.past)])
         for o in (self.scrub, self.gif_button, self.history): o.layout.display = 'none'
         for o in (self.kind, self.inner, self.scrub): o.observe(lambda _: self._draw(), 'value')
         self.gif_button.on_click(self._make_gif)
@@ -672,7 +672,7 @@ class SamplerWidget(W.VBox):
         self._follow()
         settings, pictures = run.settings, [o.pictures() for o in run.sides]
         name = lambda s: f'mdm_seed{settings.seed + s}'
-        sheet = beside([tile(o[0]) for o in pictures], max(tile(o[0]).height for o in pictures)) if len(pictures) > 1 else tile(pictures[0][0])
+        sheet = side_by_side([tile(o[0]) for o in pictures], max(tile(o[0]).height for o in pictures)) if len(pictures) > 1 else tile(pictures[0][0])
         links = [download_link(f'{name(0)}_sheet.png', png_bytes(sheet, **settings.story()), 'All pictures (PNG)')]
         links += [download_link(f'{name(k)}{"_b" if i else ""}.png', png_bytes(Image.fromarray(o), **settings.story(k, i)), f'{"second, " if i else ""}seed {settings.seed + k}') for i, side in enumerate(pictures) for k, o in enumerate(side[0])]
         self.downloads.value = f'<h3>Download, with the settings in the file</h3>{"".join(links)}'
