@@ -483,7 +483,7 @@ class SamplerRun:
 
 welcome_text = '''<h2>No model yet</h2>
 <p>A model that was trained here, or a released one, can be given by name: <code>mdm_app runs/shapes</code> on the command line, <code>SamplerWidget('runs/shapes')</code> in a notebook.</p>
-<p>To train one: <code>mdm_dataset shapes shapes</code>, then <code>mdm_train shapes data.files=[shapes/*.tar]</code>. It takes a few minutes without a GPU; <code>mdm_demo</code> does both and judges the result.</p>
+<p>To train one: <code>mdm_dataset shapes data/shapes</code>, then <code>mdm_train shapes "data.files=[data/shapes/*.tar]"</code>. It takes a few minutes without a GPU; <code>mdm_demo</code> does both and judges the result.</p>
 <p>Or begin with the small model that comes with the library. It draws coloured shapes of 32 by 32 pixels.</p>'''
 
 class SamplerWidget(W.VBox):
