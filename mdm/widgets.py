@@ -63,8 +63,8 @@ most_pictures, longest_prompt = 16, 2000
 @dataclass
 class SamplerSettings:
     "Everything that decides which pictures come out."
-    prompt: str = ''
-    negative_prompt: str = ''
+    prompt: str = ''              # what to draw
+    negative_prompt: str = ''     # what not to show
     style: str = 'as written'     # key of `styles`
     avoid: str = 'nothing more'   # key of `avoided`
     n: int = 4                    # pictures, 1 to `most_pictures`
@@ -476,10 +476,10 @@ class SideView(W.VBox):
 @dataclass
 class SamplerRun:
     "What was asked for and what came of it."
-    settings: SamplerSettings
-    sides: list[Side]
-    seconds: float = 0.
-    stopped: bool = False
+    settings: SamplerSettings  # what the fields said
+    sides: list[Side]          # one, or two that are compared
+    seconds: float = 0.        # since the start
+    stopped: bool = False      # before the last step
 
 welcome_text = '''<h2>No model yet</h2>
 <p>A model that was trained here, or a released one, can be given by name: <code>mdm_app runs/shapes</code> on the command line, <code>SamplerWidget('runs/shapes')</code> in a notebook.</p>
