@@ -48,7 +48,7 @@ def timesteps(
     if not 1 <= k <= n: raise ValueError(f"cannot sample with {k} steps: the model was trained with {n}, so choose 1 to {n} (sample.steps)")
     if spacing == 'logsnr':
         lam = half_logsnr(gammas[1:])
-        wanted = torch.linspace(min(lam[0], 4), max(lam[-1], -4), k - 1, dtype=torch.float64)
+        wanted = torch.linspace(lam[0], max(lam[-1], -lam[0]), k - 1, dtype=torch.float64)
         steps = torch.cat([torch.tensor([0, n]), (lam[:, None] - wanted).abs().argmin(0) + 1]).unique()
     else: steps = torch.arange(k + 1, dtype=torch.float64)*(n/k if spacing == 'trailing' else (n + 1)/(k + 1))
     return steps.round().long().flip(0)
