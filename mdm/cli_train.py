@@ -220,11 +220,12 @@ def stage_recipes(
     def shapes(config):
         with torch.device('meta'): return {k: v.shape for k, v in create_model(config, 8).state_dict().items()}
     for name, label in zip(names, labels):
+        source, misfit = f'cc12m_{name}x{name}' if name.isdigit() else name, f'--stages: the model of stage {labels[len(recipes) - 1]} does not fit into that of stage {label}: its model.inner must describe the same network'
+        if recipes and not isinstance(load_recipe(source).model, NestedUNetConfig): raise ValueError(misfit)
         grow = [f'model.inner_from={recipes[-1].train.output}'] if recipes else []
         wanted = [o if m is None else m[2] for o, m in zip(changes, own) if m is None or m[1] in (name, label)]
-        recipe = finish(load_recipe(f'cc12m_{name}x{name}' if name.isdigit() else name, [*wanted, *grow, f'train.output={out/label}']))
-        if recipes and (not isinstance(recipe.model, NestedUNetConfig) or shapes(recipe.model.inner) != shapes(recipes[-1].model)):
-            raise ValueError(f'--stages: the model of stage {labels[len(recipes) - 1]} does not fit into that of stage {label}: its model.inner must describe the same network')
+        recipe = finish(load_recipe(source, [*wanted, *grow, f'train.output={out/label}']))
+        if recipes and shapes(recipe.model.inner) != shapes(recipes[-1].model): raise ValueError(misfit)
         recipes.append(recipe)
     return recipes
 

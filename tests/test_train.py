@@ -314,11 +314,10 @@ def test_tensorboard(make, tmp_path):
 def test_wandb(make, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline'); monkeypatch.setenv('WANDB_SILENT', 'true')
     import wandb
-    told = []
+    told, real = [], wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, 'log', lambda self, data, step=None, **kw: (told.append((step, data)), real(self, data, step=step, **kw))[1])
     learn = make('train.log_every=2', 'train.loggers=[wandb]')
     cbs = output_callbacks(learn)
-    real = wandb.log
-    monkeypatch.setattr(wandb, 'log', lambda row, **kw: (told.append((kw['step'], row)), real(row, **kw)))
     fit(learn, 4, *cbs)
     assert [s for s, row in told if 'loss' in row] == [2, 4] and {'loss_2x', 'lr', 'grad_norm'} <= told[0][1].keys() and wandb.run is None
     assert list((tmp_path/'run'/'wandb').glob('offline-run-*/*.wandb'))
