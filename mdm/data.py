@@ -521,7 +521,7 @@ class PictureLoader:
     def _settings(self):
         d,c = self.dataset,self.dataset.config
         return dict(batch_size=self.bs, world=d.world, rank=d.rank, workers=self.workers, seed=d.seed, train=d.train, shuffle=c.shuffle, epoch=d.size,
-            samples=[[s.count for s in source] for source in d.sources], weights=[*c.weights] if c.weights else None)
+            samples=[[sum(s.count for s in source), zlib.crc32(repr([s.count for s in source]).encode())] for source in d.sources], weights=[*c.weights] if c.weights else None)
 
     def state_dict(self)->dict: # {'epoch': its number, 'batch': batches handed out in it, ...}, made of numbers, strings, lists and dictionaries
         "Where this process is in its data, after the batch that was handed out last."
