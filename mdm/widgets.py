@@ -7,10 +7,11 @@ __all__ = ['styles', 'avoided', 'general_examples', 'most_pictures', 'longest_pr
            'line_colours', 'style_sheet', 'sampling_fields', 'welcome_text', 'example_prompts', 'SamplerSettings',
            'shrink', 'Frame', 'Side', 'walk_together', 'PipelineShelf', 'tile', 'enlarge', 'side_by_side', 'png_bytes',
            'gif_bytes', 'film', 'logsnr_svg', 'html_text', 'classed', 'box', 'download_link', 'labelled',
-           'sampling_controls', 'SideControls', 'picture_html', 'Card', 'SideView', 'SamplerRun', 'SamplerWidget']
+           'sampling_controls', 'SideControls', 'picture_html', 'Card', 'SideView', 'SamplerRun', 'leave',
+           'SamplerWidget']
 
 # %% ../nbs/23_widgets.ipynb #cc73e68a
-import base64, json, math, threading, time
+import base64, json, math, threading, time, weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -486,6 +487,14 @@ welcome_text = '''<h2>No model yet</h2>
 <p>To train one: <code>mdm_dataset shapes data/shapes</code>, then <code>mdm_train shapes "data.files=[data/shapes/*.tar]"</code>. It takes a few minutes without a GPU; <code>mdm_demo</code> does both and judges the result.</p>
 <p>Or begin with the small model that comes with the library. It draws coloured shapes of 32 by 32 pixels.</p>'''
 
+def leave(
+    stop:threading.Event, # the stop sign of a widget
+    threads:list[threading.Thread], # its threads
+):
+    "Let the last step end before the interpreter does; PyTorch does not like to be cut off in the middle."
+    stop.set()
+    for o in list(threads): o.join(60)
+
 class SamplerWidget(W.VBox):
     "A sampler to play with, in Jupyter or on a page."
     def __init__(self,
@@ -499,7 +508,8 @@ class SamplerWidget(W.VBox):
         every:float=.15, # seconds between two updates of the pictures, at least
     ):
         self.shelf, self.every, self.runs, self.run_, self.thread = PipelineShelf(pipe, checkpoints, recipe, device, any_path), every, [], None, None
-        self.stop_sign, self.drawing, self.busy = threading.Event(), threading.RLock(), False
+        self.stop_sign, self.drawing, self.busy, self.threads = threading.Event(), threading.RLock(), False, []
+        weakref.finalize(self, leave, self.stop_sign, self.threads)
         self.cards, self.past = [[Card(f) for _ in range(k)] for f, k in ((self._jump, strip), (self._restore, history))]
         super().__init__([html_text(style_sheet)])
         classed(self, 'mdm-sampler')
@@ -581,6 +591,7 @@ class SamplerWidget(W.VBox):
     def _spawn(self, work, *args):
         thread = threading.Thread(target=work, args=args, daemon=True)
         thread.start()
+        self.threads[:] = [o for o in self.threads if o.is_alive()] + [thread]
         return thread
 
     def _load(self,
