@@ -91,7 +91,7 @@ def moto_port():
 def here_only(monkeypatch, tmp_path):
     "Short pauses, an own cache, the credentials of a test, no proxies."
     for k in [k for k in os.environ if k.lower().endswith('_proxy') or k.startswith(('AWS_', 'FSSPEC_'))]: monkeypatch.delenv(k)
-    for k, v in dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION='us-east-1', AWS_EC2_METADATA_DISABLED='true', AWS_CONFIG_FILE=os.devnull,
+    for k, v in dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION='us-east-1', AWS_EC2_METADATA_DISABLED='true', AWS_ENDPOINT_URL='http://127.0.0.1:9', AWS_CONFIG_FILE=os.devnull,
                      AWS_SHARED_CREDENTIALS_FILE=os.devnull, XDG_CACHE_HOME=str(tmp_path/'cache'), NETRC=os.devnull).items(): monkeypatch.setenv(k, v)
     monkeypatch.setattr(S, 'WAIT', .01)
     S._filesystem.cache_clear()
@@ -161,7 +161,9 @@ print([m for m in ('aiohttp','s3fs','botocore','aiobotocore') if m in sys.module
 
 @pytest.mark.parametrize('address,module', [('s3://shop.cats/a.tar', 's3fs'), ('https://h.org/a.tar', 'aiohttp')])
 def test_a_missing_extra_is_named(here_only, address, module):
+    import fsspec.registry
     here_only.setitem(sys.modules, module, None)
+    here_only.delitem(fsspec.registry._registry, 's3', raising=False)    # another test may have loaded it
     assert "pip install 'mdm[data]'" in fails(ImportError, find_files, address)
     assert 'gopher' in fails(ValueError, find_files, 'gopher://x/y')
 
