@@ -19,6 +19,7 @@ def finish(p, seconds=300):
 
 def train(argv, log, die_at=None, full_at=None, slow_after=None, nap=1, die_saving=False):
     "Train; `die_at`: be killed at that call of the file system's; `die_saving`: in the first save; `full_at`: let the disk be full for that save; `slow_after`: sleep for `nap` seconds in the steps after that one."
+    multiprocessing.set_start_method('fork', force=True)     # of processes that read data: as in a training that was started from a shell
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1); os.dup2(out, 2)
     if die_at is not None: count_down(die_at)
