@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image,ImageOps
 from textwrap import fill
 from torch.utils.data import DataLoader,IterableDataset,get_worker_info
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from typing import Literal
 from webdataset.handlers import ignore_and_continue
 from webdataset.tariterators import group_by_keys

@@ -19,7 +19,7 @@ from glob import escape,glob,has_magic
 from itertools import count
 from pathlib import Path
 from random import SystemRandom
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/08_storage.ipynb #b95ba00c
 def redact(

@@ -161,9 +161,8 @@ print([m for m in ('aiohttp','s3fs','botocore','aiobotocore') if m in sys.module
 
 @pytest.mark.parametrize('address,module', [('s3://shop.cats/a.tar', 's3fs'), ('https://h.org/a.tar', 'aiohttp')])
 def test_a_missing_extra_is_named(here_only, address, module):
-    import fsspec.registry
     here_only.setitem(sys.modules, module, None)
-    here_only.delitem(fsspec.registry._registry, 's3', raising=False)    # another test may have loaded it
+    here_only.delitem(sys.modules['fsspec.registry']._registry, 's3', raising=False)    # another test may have loaded it
     assert "pip install 'mdm[data]'" in fails(ImportError, find_files, address)
     assert 'gopher' in fails(ValueError, find_files, 'gopher://x/y')
 
