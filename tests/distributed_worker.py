@@ -65,7 +65,7 @@ def train(case, world=1):
     for p in model.parameters():                              # so that zero-initialised layers let gradients through
         if not p.any(): torch.nn.init.normal_(p, std=.02)
     if c['unused']: model.spare = torch.nn.Linear(3, 3)
-    if c['compile']: model.compile(backend='aot_eager')
+    if c['compile']: model.compile(backend='eager')
     model.activation_checkpointing = c['checkpointing']
     diffusion, rank = Diffusion(recipe.diffusion, model.scales), rank_and_world()[0] if world > 1 else 0
     extra = rank if c['uneven'] else 0
