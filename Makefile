@@ -33,7 +33,7 @@ demo: $(SETUP)
 test: $(SETUP)
 	@failed=0; \
 	find nbs -name '*.ipynb' ! -path '*/[._]*' | sort | $(QUIET) xargs -P $(JOBS) -n 1 $(BIN)/nbdev_test --n_workers 0 --timing --path || failed=1; \
-	$(QUIET) $(BIN)/python -m pytest tests -q --durations=10 || exit 1; \
+	$(QUIET) $(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile --durations=10 || exit 1; \
 	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on a notebook named above'; exit 1; fi
 
 export: $(SETUP)

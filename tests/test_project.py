@@ -205,15 +205,18 @@ def wanted(key): return {canonicalize_name(r.name): r for r in map(Requirement, 
 def pins(): return {canonicalize_name(k): v for k, v in (o.split('==') for o in (root/'constraints.txt').read_text().splitlines() if o and o[0] != '#')}
 
 def test_requirements_are_pinned():
-    bad = [str(r) for k in ('requirements', 'dev_requirements') for n, r in wanted(k).items() if n not in pins() or not r.specifier.contains(pins()[n])]
+    bad = [str(r) for k in settings if k == 'requirements' or k.endswith('_requirements') for n, r in wanted(k).items() if n not in pins() or not r.specifier.contains(pins()[n])]
     report(bad, 'A requirement has a pin in constraints.txt that fits it')
 
 def test_requirements_are_lower_bounds(): report([str(r) for r in wanted('requirements').values() if not re.fullmatch(r'>=[\d.]+', str(r.specifier))], 'A run-time requirement is a lower bound')
 
 def test_imports_are_required():
-    names = dict(pil='pillow', yaml='pyyaml')
-    used = {pkg for o in modules for pkg, _ in imports(ast.parse(o.read_text(encoding='utf-8')))} - set(sys.stdlib_module_names) - {'mdm'}
-    report(sorted(o for o in used if names.get(o.lower(), canonicalize_name(o)) not in wanted('requirements')), 'What mdm/ imports stands in the requirements')
+    names, extras = dict(pil='pillow', yaml='pyyaml', ipython='ipywidgets'), [k for k in settings if k.endswith('_requirements') and k != 'dev_requirements']      # ipywidgets brings IPython
+    wanted_for = lambda trees: {names.get(o.lower(), canonicalize_name(o)) for tree in trees for o, _ in imports(tree)} - {canonicalize_name(o) for o in sys.stdlib_module_names} - {'mdm'}
+    trees = [ast.parse(o.read_text(encoding='utf-8')) for o in modules]
+    on_import = [o for tree in trees for o in tree.body if isinstance(o, (ast.Import, ast.ImportFrom))]
+    assert not (bad := wanted_for(on_import) - {*wanted('requirements')}), f'What mdm/ imports at once stands in the requirements: {bad}'
+    assert not (bad := wanted_for(trees) - {o for k in ('requirements', *extras) for o in wanted(k)}), f'What mdm/ imports inside a function stands in the requirements or in an extra: {bad}'
 
 def test_commands_exist():
     scripts = dict(o.split('=') for o in settings['console_scripts'].split())
