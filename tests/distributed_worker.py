@@ -69,13 +69,14 @@ def train(case, world=1):
     model.activation_checkpointing = c['checkpointing']
     diffusion, rank = Diffusion(recipe.diffusion, model.scales), rank_and_world()[0] if world > 1 else 0
     extra = rank if c['uneven'] else 0
-    dls = DataLoaders(Batches(c['batches'] + extra, rank, world), Batches(2 + extra, rank, world))
+    dls = DataLoaders(Batches(c['batches'] + extra, rank, world), Batches(0 if c['compile'] else 2 + extra, rank, world))
     cbs = [FixedNoise(diffusion, c['bad']), SkipNonFinite(3), average := MovingAverage(.5), GradientClip(1.), Watch(), DistributedTrainer(c['fsdp']),
            *([Thaw()] if c['thaw'] else []), *([GradientAccumulation(c['accumulate']*B//world)] if c['accumulate'] > 1 else [])]
     learn = Learner(dls, model, DiffusionLoss(diffusion), opt_func=optimizer_of(recipe), lr=recipe.train.lr, cbs=cbs)
     with learn.no_bar(), learn.no_logging():
         if c['resume']:
-            load_model_state(learn.model, c['resume']['model']); learn.create_opt(); load_optimizer_state(learn.model, learn.opt, c['resume']['opt'])
+            state = torch.load(c['resume'], weights_only=True)
+            load_model_state(learn.model, state['model']); learn.create_opt(); load_optimizer_state(learn.model, learn.opt, state['opt'])
         learn.fit(1)
     return dict(learn.seen, model=full_model_state(learn.model), average=full_model_state(average.model), opt=full_optimizer_state(learn.model, learn.opt), valid=learn.recorder.values[-1][1],
                 unused=getattr(learn.distributed_trainer, 'unused', None), plain=type(unwrapped(learn.model)).__name__)

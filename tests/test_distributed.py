@@ -25,7 +25,7 @@ def one():
     torch.set_num_threads(1)
     known = {}
     def get(name):
-        case = {k: v for k, v in cases[name].items() if k not in ('fsdp', 'uneven')} | ({'bad': [(0, 1)]} if 'bad' in cases[name] else {})
+        case = {k: v for k, v in cases[name].items() if k not in ('fsdp', 'uneven', 'compile')} | ({'bad': [(0, 1)]} if 'bad' in cases[name] else {})
         if repr(case) not in known: known[repr(case)] = train(case)
         return known[repr(case)]
     return get
@@ -45,7 +45,7 @@ def test_two_processes_do_what_one_does(two, one, name):
         assert [*a[what]] == [*b[what]]
         assert all(distance(a[what][k], v) < tolerance for k, v in b[what].items())
     assert a['losses'] == pytest.approx(b['losses'], rel=1e-3, nan_ok=True)
-    if 'uneven' not in name and 'bad' not in name: assert a['valid'] == pytest.approx(b['valid'], rel=1e-3)
+    if name not in ('uneven', 'bad', 'fsdp_bad', 'compiled'): assert a['valid'] == pytest.approx(b['valid'], rel=1e-3)
 
 def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_both(two):
     for name in ('bad', 'fsdp_bad'): assert two[name]['steps'] == 3 and [l == l for l in two[name]['losses']] == [True, False, True, True]
@@ -65,7 +65,8 @@ def test_states_of_slices_have_the_format_of_one_process(two, one):
 
 def test_training_goes_on_with_any_number_of_processes(two, tmp_path):
     "One process and two go on from the state that two slices left."
-    state = {k: two['fsdp'][k] for k in ('model', 'opt')}
+    state = str(tmp_path/'state.pt')
+    torch.save({k: two['fsdp'][k] for k in ('model', 'opt')}, state)
     alone = train(dict(resume=state, batches=2))
     cases = dict(whole=dict(resume=state, batches=2), slices=dict(resume=state, batches=2, fsdp=True))
     codes = finish(start(run_cases, cases, str(tmp_path), log=tmp_path/'log'))
