@@ -29,7 +29,7 @@ parts = ('CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE')      # files at the top t
 # ---- formulas
 
 _one = r'\s*(?!\s*{)(\\[a-zA-Z]+|\w)'        # an argument without braces
-_spelling = [(a, b) for a, b in (o.split(' -> ') for o in r"""\\begin\{cases\}(.*?)\\end\{cases\} -> \\left\\{\\substack{\1}\\right.
+_spelling = [(r'\\text\{([^{}]*)\}', lambda m: '\\mathrm{' + m[1].replace(' ', '\\ ') + '}'), (r'\\texttt(?![a-z])', r'\\mathtt')] + [(a, b) for a, b in (o.split(' -> ') for o in r"""\\begin\{cases\}(.*?)\\end\{cases\} -> \\left\\{\\substack{\1}\\right.
 \\tfrac -> \\frac
 \\([bB]igg?)[lr]?(?![a-z]) -> 
 \\le(?![a-z]) -> \\leq
