@@ -78,7 +78,7 @@ def evaluate_command(
     if not rank: say(f"{args.checkpoint}: {config.steps} steps of {config.solver}, guidance {config.guidance:g}, on {pipe.device.type}{f', {world} processes' if world > 1 else ''}, into {out}")
     try:
         with stage_bars(not rank) as progress:
-            found = evaluate(pipe, out, captions, args.data, args.n, config, args.seed, args.negative_prompt, args.batch_size, args.fid, args.clip,
+            found = evaluate(pipe, out, captions, args.data, args.limit, config, args.seed, args.negative_prompt, args.batch_size, args.fid, args.clip,
                              args.loss_pictures, args.levels, args.gallery, args.name or str(args.checkpoint), progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped with {sum(1 for _ in picture_path(out, 0).parent.glob('*.png'))} pictures in {out}; the same command goes on from there") from None
@@ -97,7 +97,7 @@ def mdm_evaluate(
         'loss by noise level and resolution, and a gallery in one HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
         'With --compare: put two such runs side by side.',
         "mdm_evaluate shapes --captions captions.txt --output runs/judged\n"
-        "mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --n 10000\n"
+        "mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000\n"
         "mdm_evaluate runs/64 --data 'valid/*.tar' --fid weights-inception-2015-12-05-6726825d.pth --solver unipc --steps 15\n"
         "accelerate launch --num_processes 8 $(which mdm_evaluate) runs/64 --data 'valid/*.tar' --output judged/a\n"
         "mdm_evaluate --compare judged/a judged/b --output judged/a_or_b")
@@ -105,7 +105,7 @@ def mdm_evaluate(
     parser.add_argument('checkpoint', metavar='CHECKPOINT', nargs='?', help='shapes (the bundled model), output folder of mdm_train, one checkpoint, or a released .pth file')
     parser.add_argument('--captions', metavar='FILE', help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column')
     parser.add_argument('--data', metavar='FILE', nargs='+', help='validation set: tars or index TSVs, with braces and wildcards. For FID, for the loss, and for the captions unless --captions names some')
-    parser.add_argument('--n', type=int, help='draw only the first so many captions')
+    parser.add_argument('--limit', metavar='N', type=int, help='draw only the first so many captions')
     parser.add_argument('--output', metavar='FOLDER', help='folder of the run (evaluation; with --compare: comparison)')
     parser.add_argument('--compare', metavar=('A', 'B'), nargs=2, help='folders of two runs to compare')
     parser.add_argument('--name', help='of the run, in table and gallery (the checkpoint)')

@@ -442,7 +442,7 @@ def test_command(call, checkpoint, shards, net, clip, tmp_path):
     code, out, err = call(*run, '--output', tmp_path/'a', '--fid', net, '--clip', clip, '--name', 'first')
     assert code == 0 and 'first: 25 captions' in out and 'of 25 drawn, 25 real' in out and str(tmp_path/'a'/'gallery.html') in out
     assert '2 steps of ddim, guidance 2' in err and 'mdm_evaluate: warning: FID of 25 drawn' in err
-    assert call(*run, '--output', tmp_path/'b', '--solver', 'unipc', '--steps', 3, '--n', 20)[0] == 0
+    assert call(*run, '--output', tmp_path/'b', '--solver', 'unipc', '--steps', 3, '--limit', 20)[0] == 0
     assert read_results(tmp_path/'b')[1]['settings']['solver'] == 'unipc' and len(drawn(tmp_path/'b')) == 20
     code, out, _ = call('--compare', tmp_path/'a', tmp_path/'b', '--output', tmp_path/'c')
     assert code == 0 and '20 captions that both drew' in out and 'B: ' in out and (tmp_path/'c'/'compare.html').exists()
