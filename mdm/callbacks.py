@@ -186,7 +186,7 @@ class MovingAverage(Callback):
         self.averages = {d: AveragedModel(self.learn.model).eval().requires_grad_(False) for d in self.decays}
     def after_step(self):
         self.updates += 1
-        local = lambda model: [p.to_local() if hasattr(p, 'to_local') else p.detach() for p in model.parameters()]     # this process's share, where weights are spread over processes
+        local = lambda model: [q.to_local() if hasattr(q := p.detach(), 'to_local') else q for p in model.parameters()]     # this process's share, where weights are spread over processes
         for d, average in self.averages.items():
             torch._foreach_lerp_(local(average.module), local(self.learn.model), 1 - min(d, (1 + self.updates)/(10 + self.updates)))
 

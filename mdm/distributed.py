@@ -284,10 +284,6 @@ class DistributedTrainer(Callback):
         for p, n in zip(params, used):
             if n: p.grad = mean_over_ranks(torch.zeros_like(p) if p.grad is None else p.grad)
         self.probing, self.unused = False, bool((used < dist.get_world_size()).any())
-    def after_step(self):
-        if self.fsdp: torch.set_grad_enabled(False)          # slices of the moving averages are changed in place next, which PyTorch allows only so
-    def after_batch(self):
-        if self.fsdp and self.training: torch.set_grad_enabled(True)
     def after_validate(self):
         for m in self.learn.recorder._valid_mets:
             if hasattr(m, 'total') and hasattr(m, 'count'): m.total, m.count = map(sum, zip(*gather_objects((m.total, m.count))))
