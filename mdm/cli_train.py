@@ -8,7 +8,7 @@ __all__ = ['earlier_run', 'remove_earlier_run', 'resume_point', 'remove_unfinish
            'sort_out', 'train_command', 'mdm_train']
 
 # %% ../nbs/26_cli_train.ipynb #c0c6170d
-import argparse, csv, re, shlex, shutil, sys, time, warnings
+import argparse, csv, os, re, shlex, shutil, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 from .command import *
@@ -262,6 +262,7 @@ def train_command(
         return recipe
     recipes = stage_recipes(args.stages, changes, args.output, finish) if args.stages else [finish(load_recipe(source, changes))]
     if args.output and not args.stages: recipes[0].train.output = args.output
+    if max(o.data.image_size for o in recipes) >= 256: os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')    # PyTorch: large blocks of CPU memory in large pages
     for recipe in recipes:
         if args.dry_run_steps: dry_run(recipe, args.dry_run_steps); continue
         minutes = end and max(1e-6, (end - time.monotonic())/60)

@@ -97,7 +97,9 @@ class Attention(nn.Module):
         text:Tensor|None=None, # text embeddings [B,T,text_dim]
         mask:Tensor|None=None, # which words are real [B,T]
     )->Tensor: # features [B,C,H,W]
-        q, k, v = rearrange(self.qkv(self.norm(x)), 'b c h w -> b (h w) c').chunk(3, dim=2)
+        qkv = rearrange(self.qkv(self.norm(x)), 'b c h w -> b (h w) c')
+        if qkv.shape[1] >= 256: qkv = qkv.contiguous()             # opens the way to PyTorch's fused kernels; with few pixels they do not pay
+        q, k, v = qkv.chunk(3, dim=2)
         h = attend(q, k, v, self.num_heads)
         if text is not None: h = h + attend(q, *self.kv_cond(self.norm_cond(text)).chunk(2, dim=2), self.num_heads, mask)
         x = x + self.proj_out(rearrange(h, 'b (h w) c -> b c h w', h=x.shape[2]))

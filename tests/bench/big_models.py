@@ -2,8 +2,8 @@
 
     python tests/bench/big_models.py [--steps 3] [--checkpointing] [RECIPE ...]
 
-Each line is one process of its own: mdm_train RECIPE --dry-run-steps N train.batch_size=1, that is, forward and backward pass,
-clipping, AdamW and the moving average, on noise and random text embeddings of width 2048. Time is the median of all steps but
+Each line is one process of its own: mdm_train RECIPE --dry-run-steps N train.batch_size=1 diffusion.mixed_ratio=null, that is,
+forward and backward pass at all resolutions, clipping, AdamW and the moving average, on noise and random text embeddings of width 2048. Time is the median of all steps but
 the first; memory is the most that the process held at any time (torch and its libraries included)."""
 import argparse, os, re, subprocess, sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 def measure(recipe, bf16, checkpointing, steps):
     "Seconds per step and GiB of one configuration."
     flag = lambda v: str(v).lower()
-    command = [Path(sys.executable).parent/'mdm_train', recipe, '--dry-run-steps', str(steps), 'train.batch_size=1', f'train.bf16={flag(bf16)}', f'train.activation_checkpointing={flag(checkpointing)}']
+    command = [Path(sys.executable).parent/'mdm_train', recipe, '--dry-run-steps', str(steps), 'train.batch_size=1', 'diffusion.mixed_ratio=null', f'train.bf16={flag(bf16)}', f'train.activation_checkpointing={flag(checkpointing)}']
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'HF_HUB_OFFLINE': '1'})
     found = re.search(r'([\d.]+) s per step.*at most ([\d.]+) GiB', done.stdout)
     if not found: raise SystemExit(f'{recipe}: {done.stderr[-2000:]}')
