@@ -476,7 +476,7 @@ def load_inner(
     model:nn.Module, # a `NestedUNet`
     path:str|Path, # checkpoint of its inner doll, ours or released
 )->nn.Module: # the model
-    "Start the inner doll from a trained model (the paper's progressive training, section 3.4)."
+    "Start the inner doll from a trained model (the paper's progressive training, section 3.3)."
     load_weights(model.inner_unet, load_state(path), path)
     return model
 

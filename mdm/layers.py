@@ -82,7 +82,7 @@ class Attention(nn.Module):
         ffn:bool=False, # follow with a per-pixel network of four times the width
     ):
         super().__init__()
-        self.num_heads, groups = num_heads, math.gcd(32, channels)
+        self.num_heads, groups = num_heads, math.gcd(32, channels)      # 32 groups, or the most that divide the channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3*channels, 1)
         if text_dim:

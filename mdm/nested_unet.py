@@ -36,7 +36,7 @@ def model_scales(
 
 # %% ../nbs/04_nested_unet.ipynb #103c1e3b
 class NestedUNet(UNet):
-    "A denoiser of several resolutions at once: a U-Net around a U-Net (section 3.3, figure 2)."
+    "A denoiser of several resolutions at once: a U-Net around a U-Net (section 3.2, figure 3)."
     config: NestedUNetConfig
 
     @property

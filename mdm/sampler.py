@@ -269,7 +269,7 @@ def sample_steps(
     device:str|torch.device|None=None, # where the model is; None: where `cond` or `noise` is, or the CPU
     given:Given|None=None, # what is known of the pictures; None: nothing
 )->Iterator[Step]: # one for every step taken; raises ValueError when `given.strength` leaves none
-    "The reverse process, step by step, at every resolution together (section 3.2)."
+    "The reverse process, step by step, at every resolution together (section 3.1)."
     c, d, n, given = config or SampleConfig(), diffusion, diffusion.config.num_steps, given or Given([None]*len(diffusion.scales))
     device = device or next((o.device for o in (cond, *(noise or [])) if o is not None), torch.device('cpu'))
     h, w = (size, size) if isinstance(size, int) else size

@@ -71,7 +71,7 @@ def shift_gammas(
     gammas:Tensor, # signal powers, any shape
     factor:float, # resolution over the innermost resolution, f
     power:float=1., # strength of the shift, p
-)->Tensor: # gamma' with SNR' = SNR / f^p; 1 stays 1 (section 3.2; arXiv 2301.11093)
+)->Tensor: # gamma' with SNR' = SNR / f^p; 1 stays 1 (section 3.1; arXiv 2301.11093)
     "Move a schedule towards noise, for a picture `factor` times wider."
     return gammas/(gammas + (1 - gammas)*factor**power)
 

@@ -110,7 +110,7 @@ class Text:
 
 # %% ../nbs/03_unet.ipynb #285b6aa4
 class UNet(nn.Module):
-    "A text-conditioned denoiser of one resolution; the innermost doll (section 3.3)."
+    "A text-conditioned denoiser of one resolution; the innermost doll (section 3.2)."
     def __init__(self,
         config:UNetConfig, # its shape
         cond_dim:int=0, # width of the text encoder's embeddings; 0: no text
