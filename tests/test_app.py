@@ -13,7 +13,8 @@ class Server:
     def __init__(self, folder, *args):
         self.port, self.log = free_port('127.0.0.1', 0), folder/'log.txt'
         self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'import sys; sys.path.pop(0); from mdm.cli_app import mdm_app; sys.exit(mdm_app(sys.argv[1:]))', *args, '--port', str(self.port)],
-            stdout=self.log.open('w'), stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'TMPDIR': str(folder)})
+            stdout=self.log.open('w'), stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'TMPDIR': str(folder)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a job in the background (nohup make test &) would hand on that Ctrl-C is ignored
         self.url, start = f'http://127.0.0.1:{self.port}/', time.time()
         while f'mdm_app: {self.url}' not in self.log.read_text() or socket.socket().connect_ex(('127.0.0.1', self.port)):
             assert self.process.poll() is None and time.time() - start < 120, self.log.read_text()
