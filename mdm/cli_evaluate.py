@@ -10,7 +10,7 @@ import argparse, os
 from contextlib import contextmanager
 from pathlib import Path
 from .command import *
-from .cli_sample import check_device, eta_value
+from .cli_sample import add_sampling_flags, check_device, sampling_wishes
 
 # %% ../nbs/28_cli_evaluate.ipynb #34fe92ef
 @contextmanager
@@ -74,7 +74,7 @@ def evaluate_command(
     from mdm.pipeline import MDMPipeline
     captions, out, (rank, world) = args.captions and read_captions(args.captions), Path(args.output or 'evaluation'), rank_and_world()
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema, device=process_device(args.device))
-    config = pipe.config(**{k: getattr(args, k) for k in 'steps guidance solver spacing eta threshold guidance_interval guidance_rescale'.split()})
+    config = pipe.config(**sampling_wishes(args))
     if not rank: say(f"{args.checkpoint}: {config.steps} steps of {config.solver}, guidance {config.guidance:g}, on {pipe.device.type}{f', {world} processes' if world > 1 else ''}, into {out}")
     try:
         with stage_bars(not rank) as progress:
@@ -101,7 +101,6 @@ def mdm_evaluate(
         "mdm_evaluate runs/64 --data 'valid/*.tar' --fid weights-inception-2015-12-05-6726825d.pth --solver unipc --steps 15\n"
         "accelerate launch --num_processes 8 $(which mdm_evaluate) runs/64 --data 'valid/*.tar' --output judged/a\n"
         "mdm_evaluate --compare judged/a judged/b --output judged/a_or_b")
-    own = "(the recipe's)"
     parser.add_argument('checkpoint', metavar='CHECKPOINT', nargs='?', help='shapes (the bundled model), output folder of mdm_train, one checkpoint, or a released .pth file')
     parser.add_argument('--captions', metavar='FILE', help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column')
     parser.add_argument('--data', metavar='FILE', nargs='+', help='validation set: tars or index TSVs, with braces and wildcards. For FID, for the loss, and for the captions unless --captions names some')
@@ -115,20 +114,5 @@ def mdm_evaluate(
     judges.add_argument('--loss-pictures', metavar='K', type=int, default=256, help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
     judges.add_argument('--levels', metavar='B', type=int, default=10, help='noise levels (%(default)s)')
     judges.add_argument('--gallery', metavar='K', type=int, default=400, help='captions whose pictures go into the HTML file, at most (%(default)s)')
-    sampling = parser.add_argument_group('sampling')
-    sampling.add_argument('--seed', type=int, default=0, help='picture k has this seed + k (%(default)s)')
-    sampling.add_argument('--steps', metavar='K', type=int, help=f'network calls per picture: more is better and slower {own}')
-    sampling.add_argument('--guidance', metavar='W', type=float, help=f'how closely to follow the caption; 1: no push at all {own}')
-    sampling.add_argument('--negative-prompt', metavar='TEXT', default='', help='what not to show')
-    sampling.add_argument('--solver', choices=['ddim', 'ddpm', 'dpm++2m', 'unipc'], help=f'how a step is taken {own}')
-    sampling.add_argument('--spacing', choices=['uniform', 'trailing', 'logsnr'], help=f'which steps are taken {own}')
-    sampling.add_argument('--eta', type=eta_value, help=f'fresh noise per step of ddim: 0 (none) to 1 {own}')
-    sampling.add_argument('--threshold', choices=['none', 'clip', 'dynamic', 'dynamic_if'], help=f'how to keep predicted pictures in range {own}')
-    sampling.add_argument('--guidance-interval', metavar=('LOW', 'HIGH'), nargs=2, type=float, help=f'guide only within these shares of the noise levels {own}')
-    sampling.add_argument('--guidance-rescale', metavar='SHARE', type=float, help=f'take back so much of the contrast that guidance adds: 0 to 1 {own}')
-    sampling.add_argument('--batch-size', metavar='B', type=int, default=16, help='pictures at a time (%(default)s)')
-    sampling.add_argument('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
-    sampling.add_argument('--raw', action='store_true', help='the weights as trained, instead of their moving average')
-    sampling.add_argument('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
-    sampling.add_argument('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
+    add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, evaluate_command, argv)

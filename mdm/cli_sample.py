@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_png', 'make_sheet', 'next_number', 'sample_with_bar', 'read_prompts', 'check_device', 'choose_tool',
-           'sample_command', 'eta_value', 'mdm_sample', 'convert_command', 'mdm_convert', 'clean_demo', 'demo_command',
-           'mdm_demo']
+           'sample_command', 'eta_value', 'add_sampling_flags', 'sampling_wishes', 'mdm_sample', 'convert_command',
+           'mdm_convert', 'clean_demo', 'demo_command', 'mdm_demo']
 
 # %% ../nbs/27_cli_sample.ipynb #e4c02529
 import argparse, json, re, shlex, shutil
@@ -99,7 +99,7 @@ def sample_command(
     if not prompts: raise ValueError("no prompt: write what to draw behind the checkpoint, in quotes, or name a text file with --prompts-file")
     from mdm.pipeline import MDMPipeline
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema, device=check_device(args.device))
-    wishes = {k: getattr(args, k) for k in 'steps guidance eta threshold solver spacing guidance_interval guidance_rescale'.split()}
+    wishes = sampling_wishes(args)
     config, (tool, told) = pipe.config(**wishes), choose_tool(pipe, args)
     pictures = sample_with_bar(tool, prompts, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt, batch_size=args.batch_size, **wishes)
     if not args.every_resolution: pictures = pictures[:1]
@@ -122,20 +122,11 @@ def eta_value(
     "Read the value of --eta."
     return text if text == 'ddpm' else float(text)
 
-def mdm_sample(
-    argv:list[str]|None=None, # command line without the name of the command; None: that of the process
-)->int: # exit code
-    "The command that makes pictures."
-    parser = make_parser('mdm_sample', 'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds its prompt, seed and settings.',
-        "mdm_sample runs/shapes 'a large red cross in the centre on a white background'\n"
-        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 --every-resolution\n"
-        "mdm_sample runs/shapes --image cross.png --mask centre.png 'a large blue cross in the centre on a white background'\n"
-        "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='output folder of mdm_train (its newest checkpoint), one checkpoint, or a released .pth file')
-    parser.add_argument('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
+def add_sampling_flags(
+    parser, # `ArgumentParser`, or a group of one
+):
+    "The flags about sampling that `mdm_sample` and `mdm_evaluate` share; see `sampling_wishes`."
     own = "(the recipe's)"
-    parser.add_argument('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
-    parser.add_argument('--n', type=int, default=4, help='pictures per prompt (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='picture k has this seed + k (%(default)s)')
     parser.add_argument('--steps', metavar='K', type=int, help=f'network calls per picture: more is better and slower {own}')
     parser.add_argument('--guidance', metavar='W', type=float, help=f'how closely to follow the prompt; 1: no push at all {own}')
@@ -146,6 +137,31 @@ def mdm_sample(
     parser.add_argument('--guidance-interval', metavar=('LOW', 'HIGH'), nargs=2, type=float, help=f'guide only within these shares of the noise levels: 0 is clean, 1 is noise {own}')
     parser.add_argument('--guidance-rescale', metavar='SHARE', type=float, help=f'take back so much of the contrast that guidance adds: 0 to 1 {own}')
     parser.add_argument('--threshold', choices=['none', 'clip', 'dynamic', 'dynamic_if'], help=f'how to keep predicted pictures in range {own}')
+    parser.add_argument('--batch-size', metavar='B', type=int, default=16, help='pictures at a time (%(default)s)')
+    parser.add_argument('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
+    parser.add_argument('--raw', action='store_true', help='the weights as trained, instead of their moving average')
+    parser.add_argument('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
+
+def sampling_wishes(
+    args:argparse.Namespace, # with the flags of `add_sampling_flags`
+)->dict: # field of `SampleConfig` -> what was asked for; None: as the recipe says
+    "What the flags ask of the sampler."
+    return {k: getattr(args, k) for k in 'steps guidance eta threshold solver spacing guidance_interval guidance_rescale'.split()}
+
+def mdm_sample(
+    argv:list[str]|None=None, # command line without the name of the command; None: that of the process
+)->int: # exit code
+    "The command that makes pictures."
+    parser = make_parser('mdm_sample', 'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds its prompt, seed and settings.',
+        "mdm_sample runs/shapes 'a large red cross in the centre on a white background'\n"
+        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 --every-resolution\n"
+        "mdm_sample runs/shapes --image cross.png --mask centre.png 'a large blue cross in the centre on a white background'\n"
+        "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='shapes (the bundled model), output folder of mdm_train (its newest checkpoint), one checkpoint, or a released .pth file')
+    parser.add_argument('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
+    parser.add_argument('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
+    parser.add_argument('--n', type=int, default=4, help='pictures per prompt (%(default)s)')
     parser.add_argument('--upscale', metavar='PICTURE', help="draw this small picture larger; it is as large as one of the model's inner dolls")
     parser.add_argument('--image', metavar='PICTURE', help="begin with this picture, which is as large as the model's, instead of noise")
     parser.add_argument('--strength', metavar='SHARE', type=float, help='how much of --image may change, above 0 and up to 1 (0.6; with --mask 1)')
@@ -153,11 +169,7 @@ def mdm_sample(
     parser.add_argument('--repeats', metavar='R', type=int, help='with --mask: take each step so many times, for seams that show less (1)')
     parser.add_argument('--every-resolution', action='store_true', help='also the smaller pictures of the inner dolls')
     parser.add_argument('--output', metavar='PATH', default='samples', help='folder, where every call adds a numbered sheet and a folder of single pictures; or a .png file for the sheet alone, which is replaced (%(default)s)')
-    parser.add_argument('--batch-size', metavar='B', type=int, default=16, help='pictures at a time (%(default)s)')
-    parser.add_argument('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
-    parser.add_argument('--raw', action='store_true', help='the weights as trained, instead of their moving average')
-    parser.add_argument('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
+    add_sampling_flags(parser)
     return run_command(parser, sample_command, argv)
 
 # %% ../nbs/27_cli_sample.ipynb #9b404c72

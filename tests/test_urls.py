@@ -1,9 +1,10 @@
 "Edge cases of mdm.urls, with a web server on this machine that behaves as badly as the web"
-import builtins, gzip, io, json, multiprocessing, os, signal, sys, tarfile, threading, time, urllib.request
+import builtins, gzip, io, json, os, sys, tarfile, threading, time, urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
+from test_shards import killed
 from mdm import urls as U
 from mdm.data import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
 from mdm.shards import REPORT, find_tars, load_manifest, make_key, read_samples
@@ -143,15 +144,6 @@ def test_pictures_come_as_they_are(tmp_path, web):
 def test_resize(tmp_path, web):
     write_urls(listed(tmp_path/'list.tsv', [(f'{web.url}/turned/1', 'a'), (f'{web.url}/good/1', 'b')]), tmp_path/'out', resize=15)
     assert [Image.open(io.BytesIO(s['jpg'])).size for s in samples(tmp_path/'out')] == [(15,20), (20,15)]      # the turned one upright
-
-def killed(work, after):
-    "Do some work in a process of its own that is killed as soon as `after()` says so; was it?"
-    p = multiprocessing.get_context('fork').Process(target=work)
-    p.start()
-    while p.is_alive() and not after(): time.sleep(.001)
-    if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
-    p.join()
-    return p.exitcode == -signal.SIGKILL
 
 def test_killed(tmp_path, web):
     "SIGKILL again and again; what was finished is not fetched again, and the result is that of one run"
