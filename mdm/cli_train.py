@@ -277,7 +277,7 @@ def mdm_train(
         'Checkpoints, a log and preview pictures go to the output folder. Ctrl-C saves a checkpoint before it stops; the same command, run again, goes on. For several processes, start it with accelerate launch or torchrun.\n\n'
         f"recipes that come with the library:\n  {', '.join(preset_names())}",
         "mdm_train shapes --data 'data/shapes/*.tar'\n"
-        "mdm_train pictures_64 --data 'pictures/{00000..00006}.tar' train.batch_size=16 train.lr=1e-4\n"
+        "mdm_train pictures_64 --data 'pictures/{00000..00006}.tar' train.batch_size=32 train.lr=1e-4\n"
         "mdm_train pictures_64 --data 'pictures/*.tar' --minutes 10 --output runs/try\n"
         "mdm_train --resume --output runs/try train.steps=20000\n"
         "mdm_train cc12m_256x256 --data 's3://bucket/*.tar' model.inner_from=runs/64\n"

@@ -219,7 +219,7 @@ def find_shards(
         for f in list_files(p): found.setdefault(f.path, (f,k))
     files,tars = [f for f,_ in found.values()],{beside(f.path, 'manifest.json'):f.path for f,_ in found.values() if f.name.lower().endswith(TARS)}
     if wrong := [f for f in files if not f.name.lower().endswith((*TARS,'.tsv'))]:
-        raise ValueError(f'data.files: {redact(wrong[0].path)!r} is neither a tar ({", ".join(TARS)}) nor an index (.tsv)')
+        raise ValueError(f'data files: {redact(wrong[0].path)!r} is neither a tar ({", ".join(TARS)}) nor an index (.tsv)')
     rank,world = rank_and_world()
     mine = files[len(files)*rank//world:] + files[:len(files)*rank//world]
     with ThreadPoolExecutor(8) as pool:
@@ -545,7 +545,7 @@ class PictureLoader:
         what = f'skipped {sum(self.skipped.values())}: ' + ', '.join(f'{n} x {reason}' for reason,n in self.skipped.most_common())
         if here['batch'] < (len(self) if self.dataset.endless else min(len(self), 1)):
             files = [redact(s.index or s.tar) for s in self.dataset.shards]
-            raise ValueError(f'data.files: {rest or "no"}{" more" if here["batch"] else ""} usable pictures in {", ".join(map(repr, files[:3]))}{" ..." if len(files)>3 else ""}, not enough for a batch of {self.bs} ({what})')
+            raise ValueError(f'data files: {rest or "no"}{" more" if here["batch"] else ""} usable pictures in {", ".join(map(repr, files[:3]))}{" ..." if len(files)>3 else ""}, not enough for a batch of {self.bs} ({what})')
         if self.skipped: warnings.warn(f'epoch {here["epoch"]} of the {"training" if self.dataset.train else "validation"} data: {what}', stacklevel=4)
 
     def to(self,
@@ -581,7 +581,7 @@ def create_loader(
     check_config(config if train else replace(config, weights=None), batch_size)    # validation knows no weights
     shards = find_shards(config.files)
     empty = [f for k,f in enumerate(config.files) if not any(s.source == k for s in shards)] if config.weights else []
-    if empty or not shards: raise ValueError(f'data.files: the files of {redact(empty or config.files)} hold no samples' + ' of their own'*bool(empty))
+    if empty or not shards: raise ValueError(f'data files: the files of {redact(empty or config.files)} hold no samples' + ' of their own'*bool(empty))
     loader = PictureLoader(PictureStream(shards, config, batch_size, train, seed, *rank_and_world()), config.workers)
     if train and not len(loader):
         n,world = loader.dataset.total if config.epoch_size is None else config.epoch_size,loader.dataset.world

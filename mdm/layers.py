@@ -153,7 +153,7 @@ class TextBlock(nn.Module):
 # %% ../nbs/02_layers.ipynb #15dccc65
 def masked_mean(
     x:Tensor, # words [B,T,D]
-    mask:Tensor|None=None, # which words are real [B,T]; None: all
+    mask:Tensor|None=None, # which words are real, at least one in each row [B,T]; None: all
 )->Tensor: # their mean [B,D]
     "Mean over the real words."
     return x.mean(1) if mask is None else (x*mask[..., None]).sum(1)/mask.sum(1, keepdim=True)

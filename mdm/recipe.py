@@ -240,7 +240,7 @@ def check_recipe(
     if text: problems += complaints(text, 'text', [(getattr(text, k) < 1, k, 'a number above 0') for k in ('dim', 'max_tokens', 'max_chars')])
     if text and inner and inner.num_text_layers:
         width = inner.text_proj_dim or (text.dim if text.encoder == 'hash' else 8)
-        if width % 8: problems.append(f'text.dim: found {width} as the width of the words, expected a multiple of 8, the heads of the model\'s text layers')
+        if width % 8: problems.append(f"{f'{place}.text_proj_dim' if inner.text_proj_dim else 'text.dim'}: found {width} as the width of the words, expected a multiple of 8, the heads of the model's text layers")
     if data: problems += complaints(data, 'data', [
         (data.image_size < 1, 'image_size', 'a number above 0'), (data.workers < 0, 'workers', '0 or more'), (data.shuffle < 0, 'shuffle', '0 or more'),
         (data.epoch_size is not None and data.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),

@@ -118,13 +118,13 @@ def unipc_correct(
 )->Tensor: # where it should have led [B,3,H,W] (arXiv 2302.04867, section 3.2)
     "Take the last step of UniPC again, knowing what the network says at its end."
     start, *older = past
-    eta = half_logsnr(g) - half_logsnr(start.g)
+    delta = half_logsnr(g) - half_logsnr(start.g)
     back = half_logsnr(start.g) - half_logsnr(older[0].g) if older else 0
     if back == 0: D = (start.x0 + x0)/2
     else:
-        r, end = -back/eta, 1/(1 - torch.exp(-eta))
-        m1 = end - 1/eta
-        rho = (m1 - end + 2*m1/eta)/(1 - r)
+        r, end = -back/delta, 1/(1 - torch.exp(-delta))
+        m1 = end - 1/delta
+        rho = (m1 - end + 2*m1/delta)/(1 - r)
         D = start.x0 + rho/r*(older[0].x0 - start.x0) + (m1 - rho)*(x0 - start.x0)
     return ddim_step(start.x, D, start.g, g)
 
@@ -150,7 +150,7 @@ def guide(
     config:SampleConfig, # guidance, its interval and its rescaling
     n:int, # diffusion steps N of the model
     cond:Tensor|None=None, # the prompt [B,T,D]
-    mask:Tensor|None=None, # which of its words are real [B,T]
+    mask:Tensor|None=None, # which of its words are real [B,T]; None: all
     uncond:Tensor|None=None, # the negative or empty prompt [B,U,D]; None: zeros under a mask of ones
     uncond_mask:Tensor|None=None, # which of its words are real [B,U]
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
@@ -159,7 +159,8 @@ def guide(
     tau = lambda x, t, k=1: torch.full((k*len(x[0]),), t - 1, device=x[0].device)
     plain = lambda x, t: model(x, tau(x, t), cond, mask, micros)
     if config.guidance == 1 or cond is None: return plain
-    if uncond is None: uncond, uncond_mask = torch.zeros_like(cond), torch.ones_like(mask)
+    if uncond is None: uncond, uncond_mask = torch.zeros_like(cond), None
+    mask, uncond_mask = (o.new_ones(o.shape[:2]) if m is None else m for o, m in ((cond, mask), (uncond, uncond_mask)))
     width, (low, high), phi = max(cond.shape[1], uncond.shape[1]), config.guidance_interval, config.guidance_rescale
     words = torch.cat([F.pad(o, (0, 0, 0, width - o.shape[1])) for o in (uncond, cond)])
     masks = torch.cat([F.pad(o, (0, width - o.shape[1])) for o in (uncond_mask, mask)])
@@ -259,12 +260,12 @@ def sample_steps(
     diffusion:Diffusion, # how it was trained
     size:int|tuple[int, int], # height and width of the highest resolution, or one number for both
     cond:Tensor|None=None, # the prompts [B,T,D]
-    mask:Tensor|None=None, # which of their words are real [B,T]
+    mask:Tensor|None=None, # which of their words are real [B,T]; None: all
     uncond:Tensor|None=None, # negative or empty prompts [B,U,D]; None: zeros under a mask of ones
     uncond_mask:Tensor|None=None, # which of their words are real [B,U]
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
     config:SampleConfig|None=None, # steps, guidance, solver, ...; None: the defaults
-    seeds:list[int]=(0,), # one seed per picture
+    seeds:list[int]|None=None, # one seed per picture; None: 0, 1, 2, ...
     noise:list[Tensor]|None=None, # the first noise at every scale; None: drawn from the seeds
     device:str|torch.device|None=None, # where the model is; None: where `cond` or `noise` is, or the CPU
     given:Given|None=None, # what is known of the pictures; None: nothing
@@ -273,6 +274,7 @@ def sample_steps(
     c, d, n, given = config or SampleConfig(), diffusion, diffusion.config.num_steps, given or Given([None]*len(diffusion.scales))
     device = device or next((o.device for o in (cond, *(noise or [])) if o is not None), torch.device('cpu'))
     h, w = (size, size) if isinstance(size, int) else size
+    if seeds is None: seeds = range(len(cond) if cond is not None else len(noise[0]) if noise else 1)
     draw, denoiser = PictureNoise(seeds, device), guide(model, c, n, cond, mask, uncond, uncond_mask, micros)
     noise = noise or [draw(3, h*s//d.scales[0], w*s//d.scales[0]) for s in d.scales]
     ts = [t for t in timesteps(n, c.steps, c.spacing, d.gammas[-1]).tolist() if t <= given.strength*n]

@@ -32,7 +32,7 @@ def deepfloyd_gammas(
 def cosine_gammas(
     n:int, # number of diffusion steps N
     logsnr_max:float=5., # log-SNR at the clean end; the noisy end is its negative
-)->Tensor: # signal power at steps 1..N [N], float64 (arXiv 2107.00630, appendix)
+)->Tensor: # signal power at steps 1..N [N], float64 (arXiv 2207.12598, section 2)
     "Cosine between two log-SNRs."
     b = math.atan(math.exp(-logsnr_max/2))
     a = math.atan(math.exp(logsnr_max/2)) - b

@@ -151,7 +151,7 @@ def _expand(pattern):
     if pattern.startswith('re:'): return _by_regex(*split_pattern(pattern))
     if not is_remote(pattern) and os.path.isfile(pattern): return [file_info(pattern)]
     try: names = list(braceexpand(pattern, escape=False))
-    except ValueError as e: raise ValueError(f'data.files: the braces of {redact(pattern)!r} do not match: {e}') from e
+    except ValueError as e: raise ValueError(f'data files: the braces of {redact(pattern)!r} do not match: {e}') from e
     with ThreadPoolExecutor(8) as pool: found = dict(zip(names, pool.map(_matches, names)))
     if missing := [n for n in names if not found[n]]: raise _missing(pattern, names, missing)
     return [f for n in names for f in found[n]]
@@ -160,7 +160,7 @@ def _matches(name):
     "The files that a name without braces stands for."
     if not is_remote(name): return [file_info(f) for f in ([name] if os.path.isfile(name) else sorted(glob(name, recursive=True))) if os.path.isfile(f)]
     web = name.lower().startswith('http')
-    if web and re.search(r'[*\[]', name.split('?')[0]): raise ValueError(f'data.files: {redact(name)!r} has wildcards, but a web server gives no listing: write the names with braces, such as {{00000..00006}}.tar')
+    if web and re.search(r'[*\[]', name.split('?')[0]): raise ValueError(f'data files: {redact(name)!r} has wildcards, but a web server gives no listing: write the names with braces, such as {{00000..00006}}.tar')
     if not web and has_magic(name):
         folder,rest = split_pattern(name)
         return _listing(folder, glob_translate(rest), '/' in rest or '**' in rest)
@@ -187,7 +187,7 @@ def _missing(pattern, names, missing):
     elif is_remote(pattern): mend = 'check the spelling, and that it was uploaded'
     elif os.path.isdir(pattern): mend = f'it is a folder, so write {os.path.join(pattern, "*.tar")!r}'
     else: mend = f'check the spelling (relative paths start in {os.getcwd()!r})'
-    return FileNotFoundError(f'data.files: no file matches {pattern!r}' + (f' ({len(missing)} missing, the first is {first!r})' if len(names)>1 else '') + f': {mend}')
+    return FileNotFoundError(f'data files: no file matches {pattern!r}' + (f' ({len(missing)} missing, the first is {first!r})' if len(names)>1 else '') + f': {mend}')
 
 # %% ../nbs/08_storage.ipynb #704074be
 def split_pattern(
@@ -202,10 +202,10 @@ def split_pattern(
 
 def _by_regex(folder, regex):
     try: re.compile(regex)
-    except re.error as e: raise ValueError(f'data.files: {redact("re:"+folder+regex)!r} is not a regular expression: {e}') from e
-    if folder.lower().startswith('http'): raise ValueError(f'data.files: {redact("re:"+folder+regex)!r}: a web server gives no listing to choose from: write the names with braces')
+    except re.error as e: raise ValueError(f'data files: {redact("re:"+folder+regex)!r} is not a regular expression: {e}') from e
+    if folder.lower().startswith('http'): raise ValueError(f'data files: {redact("re:"+folder+regex)!r}: a web server gives no listing to choose from: write the names with braces')
     if res := _listing(folder, regex, deep=True): return res
-    raise FileNotFoundError(f'data.files: no file under {redact(folder) or "."!r} fits the regular expression {regex!r}')
+    raise FileNotFoundError(f'data files: no file under {redact(folder) or "."!r} fits the regular expression {regex!r}')
 
 # %% ../nbs/08_storage.ipynb #29eeb016
 BLOCK = 4*2**20   # bytes per request

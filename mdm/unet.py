@@ -27,11 +27,11 @@ class UNetConfig:
     masked_cross_attention: bool = True # hide padding from attention; False: the released models, which see it
     pooled_text: bool = True            # add the mean of the words to the time embedding
     mid_blocks: bool = True             # ResNet, attention, ResNet at the bottom
-    micro_conditioning: dict[str, float] = field(default_factory=dict) # extra numbers that steer, name: default, e.g. {'scale': 64}
+    micro_conditioning: dict[str, float] = field(default_factory=dict) # extra numbers that steer, name: default, e.g. {'scale': 64}; 'scale' counts up to its default, all others times 1000
     num_groups: int = 32                # groups of the normalisation in ResNet blocks
     dropout: float = 0.                 # dropout in ResNet blocks
     attention_ffn: bool = False         # a per-pixel network after every attention
-    num_heads: int = 8                  # attention heads
+    num_heads: int = 8                  # heads of picture attention; text layers always have 8
 
 # %% ../nbs/03_unet.ipynb #13656198
 class Level(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['URL_COLUMNS', 'ADDRESS', 'TOO_LARGE', 'SLOW', 'NO_ADDRESS', 'index_k
            'load_img2dataset', 'why_not', 'fetch_chunk', 'url_sample', 'write_urls']
 
 # %% ../nbs/12_urls.ipynb #261832f5
-import csv, gzip, io, json, os, re, tempfile, time, urllib.parse, urllib.request
+import csv, gzip, io, json, os, re, tempfile, threading, time, urllib.parse, urllib.request
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain, islice
@@ -84,7 +84,7 @@ class BoundedAnswers(urllib.request.BaseHandler):
         request, # what is to be asked
     ): # the same
         "Ask no more once the work was broken off."
-        if self.seconds < 0: raise OSError('stopped')
+        if self.seconds < 0 and threading.current_thread() is not threading.main_thread(): raise OSError('stopped')   # the main thread may have other work
         return request
     https_request = http_request
 
@@ -93,6 +93,7 @@ class BoundedAnswers(urllib.request.BaseHandler):
         answer, # what came
     ): # the same answer with another `read`
         "Set the bounds."
+        if self.seconds < 0: return answer
         end, piece = time.monotonic() + self.seconds, answer.read1
         def read(amount=None):
             data = bytearray()
@@ -113,6 +114,7 @@ def bounded(
 ): # a context
     "While it lasts, `urllib`, and with it img2dataset, keeps these bounds."
     before, bounds = urllib.request._opener, BoundedAnswers(seconds, max_bytes)
+    if any(isinstance(o, BoundedAnswers) for o in getattr(before, 'handlers', ())): before = None      # left by a run that was broken off
     urllib.request.install_opener(urllib.request.build_opener(bounds))
     try: yield
     except BaseException:
@@ -205,7 +207,7 @@ def write_urls(
     command:str='', # what to write into the manifest
     bar:bool=False, # show a progress bar
 )->dict: # the manifest
-    "A list of addresses and captions becomes shards. Raises `ImportError` without img2dataset, `ValueError` when no picture can be used, `FileExistsError` for shards of another run."
+    "A list of addresses and captions becomes shards. Raises `FileNotFoundError` without a list, `ImportError` without img2dataset, `ValueError` when no picture can be used, `FileExistsError` for shards of another run."
     for k,v in dict(timeout=timeout, max_picture=max_picture, threads=threads, chunk=chunk, resize=1 if resize is None else resize).items():
         if not v > 0: raise ValueError(f'{k} is {v:g}, but must be above 0')
     if not Path(index).is_file(): raise FileNotFoundError(f'{index} does not exist: name a list of addresses and captions (.tsv, .csv or .parquet)')

@@ -122,6 +122,14 @@ def test_the_interval_saves_calls(nets):
     assert torch.equal(draw(guidance_interval=(.996, .999)), draw(guidance=1.))                            # nowhere: no guidance
     assert not torch.equal(draw(), draw(guidance=1.))
 
+def test_what_may_be_left_out(nets):
+    "No mask means that every word is real, no seeds that they count from 0."
+    cond, mask = prompts(2)
+    d, config = Diffusion(DiffusionConfig(), [1]), SampleConfig(steps=3, guidance=2.)
+    whole = sample(nets[0], d, 8, cond, mask, config=config, seeds=[0, 1])[0]
+    assert torch.equal(sample(nets[0], d, 8, cond, config=config)[0], whole)
+    assert torch.equal(sample(nets[0], d, 8, cond, uncond=torch.zeros(2, 3, 6), config=config)[0], whole)
+
 def test_micro_conditioning_is_doubled_only_where_guided(nets):
     sizes, (cond, mask) = [], prompts(2)
     def net(x, t, c, m, micros): sizes.append((len(t), len(micros['scale']))); return [o*0 for o in x]

@@ -186,7 +186,11 @@ def test_broken_off(tmp_path, web, monkeypatch):
     assert sum(web.seen.values()) == asked < 400
     monkeypatch.undo()
     web.pause = 0
+    def works():
+        with urllib.request.urlopen(f'{web.url}/good/0') as answer: return len(answer.read()) > 100
+    assert works()                                           # the same process may go on, a notebook for instance
     assert sum(o['samples'] for o in write_urls(rows, tmp_path/'out', chunk=20)['shards'].values()) == 400
+    assert works()
 
 def test_mistakes(tmp_path, web):
     path = listed(tmp_path/'list.tsv', [(f'{web.url}/missing/{i}', 'x') for i in range(3)])
