@@ -155,7 +155,7 @@ def find_checkpoint(
     path:str|Path, # a checkpoint, or a folder of checkpoints
 )->Path: # the checkpoint itself, or the one of the most steps that is whole
     "The checkpoint that is meant by a folder; warns of damaged ones beside it. Raises `FileNotFoundError`, or `ValueError` for a damaged one."
-    path = readable(path)
+    path, asked = readable(path), Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}.')
     if any((path/n).exists() for n in ('state.json', 'model.safetensors')): read_state(path); return path
     names, found, broken = {p.name for p in path.iterdir()}, [], []
@@ -164,6 +164,7 @@ def find_checkpoint(
         if not (folder/'state.json').exists() and not (folder/'model.safetensors').exists(): continue
         try: found.append((read_state(folder)['step'], folder))
         except (OSError, ValueError) as e: broken.append(str(e))
+    if not found and not broken and asked.parent == Path() and (bundled/asked.name).exists(): return bundled/asked.name      # a folder of pictures, say, that has the name
     if not found: raise FileNotFoundError(f"There is no complete checkpoint in {path}." + ''.join(f' {b}' for b in broken))
     best = max(found, key=lambda o: o[0])[1]
     for b in broken: warnings.warn(f'{b} Meanwhile {best} is used.')

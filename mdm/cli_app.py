@@ -46,11 +46,15 @@ def named_checkpoints(
     paths:list[str], # as typed
 )->dict[str, str]: # what the page calls it -> where it is; raises what `find_checkpoint` raises, or FileNotFoundError
     "Short, different names for checkpoints; a page need not tell where they lie."
-    from mdm.checkpoint import find_checkpoint
-    for p in paths:
-        if not Path(p).is_file(): find_checkpoint(p)
-    where = {p: str(Path(p).resolve()) if Path(p).exists() else p for p in paths}
-    short = {p: Path(p).resolve().name if Path(p).exists() else p for p in paths}
+    from mdm.checkpoint import bundled, find_checkpoint
+    def place(p):
+        if Path(p).is_file():
+            with open(p, 'rb') as f: head = f.read(2)
+            if head != b'PK' and head[:1] != b'\x80': raise ValueError(f'{p} is no model: name the output folder of mdm_train, a checkpoint, or a released .pth file')
+        elif bundled in find_checkpoint(p).parents: return p
+        return str(Path(p).resolve())
+    where = {p: place(p) for p in paths}
+    short = {p: Path(o).name for p, o in where.items()}
     return {short[p] if list(short.values()).count(short[p]) == 1 else p: o for p, o in where.items()}
 
 # %% ../nbs/29_cli_app.ipynb #9f2607d8
@@ -135,9 +139,9 @@ def mdm_app(
     parser = make_parser('mdm_app', 'Serve the sampler as a web page, for this machine unless --host says otherwise. Every visitor gets a Python process of their own, with the model in it.',
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     parser.add_argument('checkpoints', metavar='CHECKPOINT', nargs='*', help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, or shapes for the one that comes with the library; none: a first screen that offers that one')
-    parser.add_argument('--port', type=int, default=8866, help='0: any that is free (%(default)s)')
+    parser.add_argument('--port', type=at_least(0, 65535), default=8866, help='0: any that is free (%(default)s)')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of them: everybody who reaches this machine may then use the page (%(default)s)')
-    parser.add_argument('--visitors', metavar='N', type=int, default=4, help='how many at a time; each needs the memory of the model (%(default)s)')
+    parser.add_argument('--visitors', metavar='N', type=at_least(1), default=4, help='how many at a time; each needs the memory of the model (%(default)s)')
     parser.add_argument('--recipe', metavar='RECIPE', help='preset or YAML file that describes .pth files (the YAML file next to each)')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     return run_command(parser, app_command, argv)

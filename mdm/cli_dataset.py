@@ -44,8 +44,8 @@ def add_sizes(
     p:argparse.ArgumentParser, # of a subcommand that writes shards
 ):
     "The options that say when a shard is full."
-    p.add_argument('--per-shard', metavar='K', type=int, default=1000, help='samples in one shard (%(default)s)')
-    p.add_argument('--max-mb', metavar='MB', type=float, default=500, help='a shard is full, too, when it has so many megabytes (%(default)s)')
+    p.add_argument('--per-shard', metavar='K', type=at_least(1), default=1000, help='samples in one shard (%(default)s)')
+    p.add_argument('--max-mb', metavar='MB', type=at_least(1e-6, kind=float), default=500, help='a shard is full, too, when it has so many megabytes (%(default)s)')
 
 # %% ../nbs/25_cli_dataset.ipynb #5a7ffa6b
 def dataset_folder(
@@ -101,7 +101,7 @@ def dataset_embed(
     for o in [*files]:
         if re.match(r'text\.\w+=', o) and not Path(o).exists(): files.remove(o); overrides.append(o)
     config, start = load_recipe(args.recipe, overrides).text, time.perf_counter()
-    m = embed_shards(files, args.output, config, args.batch_size, args.device or ('cuda' if torch.cuda.is_available() else 'cpu'), command_line(args), bar=True)
+    m = embed_shards(files, args.output, config, args.batch_size, check_device(args.device) or ('cuda' if torch.cuda.is_available() else 'cpu'), command_line(args), bar=True)
     print(f"{summary(m, args.output, time.perf_counter() - start)} The captions carry embeddings of {config.encoder!r}. Now try: "
         f"{shlex.join(['mdm_train', args.recipe, '--data', f'{args.output}/*.tar', *overrides, 'data.embeddings=true'])}")
 
@@ -142,8 +142,8 @@ def mdm_dataset(
         p = make_parser(name, about, examples, lambda name, **kwargs: kinds.add_parser(name, help=help, **kwargs))
         p.set_defaults(work=work)
         return p
-    resize = dict(metavar='PIXELS', type=int, help='scale larger pictures down until their shorter side has so many pixels; at least the size of the model to be trained (keep the size)')
-    workers = dict(metavar='N', type=int, help='threads that read and check pictures (one per core)')
+    resize = dict(metavar='PIXELS', type=at_least(1), help='scale larger pictures down until their shorter side has so many pixels; at least the size of the model to be trained (keep the size)')
+    workers = dict(metavar='N', type=at_least(1), help='threads that read and check pictures (one per core)')
     files = dict(metavar='FILE', nargs='+', help='shards: tar files, with braces and wildcards, or folders of them')
 
     p = kind('folder', 'a folder of captioned pictures', 'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, cat.txt), or in tables '
@@ -163,9 +163,9 @@ def mdm_dataset(
     p.add_argument('--caption-column', metavar='NAME', help='column of the captions (guessed)')
     p.add_argument('--resize', **resize)
     p.add_argument('--timeout', metavar='S', type=float, default=10, help='seconds of silence before a server is given up; no picture may take more than three times as long (%(default)s)')
-    p.add_argument('--retries', metavar='N', type=int, default=1, help='how often to try again (%(default)s)')
+    p.add_argument('--retries', metavar='N', type=at_least(0), default=1, help='how often to try again (%(default)s)')
     p.add_argument('--max-picture-mb', metavar='MB', type=float, default=50, help='larger pictures are left out (%(default)s)')
-    p.add_argument('--threads', metavar='N', type=int, default=64, help='servers to ask at a time (%(default)s)')
+    p.add_argument('--threads', metavar='N', type=at_least(1), default=64, help='servers to ask at a time (%(default)s)')
     add_sizes(p)
 
     p = kind('shapes', 'shapes on plain backgrounds, drawn on the spot', 'Draw captioned pictures of one plain shape each: colour, shape, size, position and background, in several wordings. '
@@ -174,7 +174,7 @@ def mdm_dataset(
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
     p.add_argument('--n', type=int, default=16_000, help='number of pictures (%(default)s)')
     p.add_argument('--size', type=int, default=32, help='side of a picture in pixels, at least 16 (%(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='another seed, other pictures (%(default)s)')
+    p.add_argument('--seed', type=at_least(0), default=0, help='another seed, other pictures (%(default)s)')
     p.add_argument('--held-out', action='store_true', help='only combinations that training never sees, instead of only those that it does see')
     add_sizes(p)
 
@@ -191,7 +191,7 @@ def mdm_dataset(
     p.add_argument('files', **files)
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the new shards go')
     p.add_argument('--recipe', metavar='RECIPE', required=True, help='a preset or a YAML file: its text section names the encoder; change it with text.KEY=VALUE')
-    p.add_argument('--batch-size', metavar='B', type=int, default=32, help='captions at a time (%(default)s)')
+    p.add_argument('--batch-size', metavar='B', type=at_least(1), default=32, help='captions at a time (%(default)s)')
     p.add_argument('--device', metavar='DEVICE', help='where to encode: cpu, cuda (cuda if there is one)')
     p.set_defaults(rest=[])
 
@@ -199,7 +199,7 @@ def mdm_dataset(
         'Writes sheet.png (some pictures with their captions), bad.tsv and counts.json.', "mdm_dataset inspect 'data/photos/*.tar'\nmdm_dataset inspect data/photos --pictures 60 --output look", dataset_inspect)
     p.add_argument('files', **files)
     p.add_argument('--output', metavar='FOLDER', default='inspection', help='where to write (%(default)s)')
-    p.add_argument('--pictures', metavar='N', type=int, default=24, help='how many pictures to show, drawn at random (%(default)s)')
+    p.add_argument('--pictures', metavar='N', type=at_least(0), default=24, help='how many pictures to show, drawn at random (%(default)s)')
     p.add_argument('--workers', **workers)
 
     p = kind('download', 'copy shards to this machine', 'Copy files from a bucket or a web server. Copies are checked, and files that are here already are not fetched again; several downloaders can share the work.',
@@ -207,7 +207,7 @@ def mdm_dataset(
     p.add_argument('files', metavar='FILE', nargs='+', help="addresses, with braces and (in buckets) wildcards, or regular expressions after 're:'")
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the copies go')
     p.add_argument('--part', metavar='K/N', default='1/1', help='the share of the K-th of N downloaders (all of it)')
-    p.add_argument('--threads', metavar='N', type=int, default=8, help='files at the same time (%(default)s)')
+    p.add_argument('--threads', metavar='N', type=at_least(1), default=8, help='files at the same time (%(default)s)')
 
     def work(args):
         args.argv = sys.argv[1:] if argv is None else list(map(str, argv))

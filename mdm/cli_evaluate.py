@@ -10,7 +10,7 @@ import argparse, os
 from contextlib import contextmanager
 from pathlib import Path
 from .command import *
-from .cli_sample import add_sampling_flags, check_device, sampling_wishes
+from .cli_sample import add_sampling_flags, sampling_wishes
 
 # %% ../nbs/28_cli_evaluate.ipynb #34fe92ef
 @contextmanager
@@ -104,15 +104,15 @@ def mdm_evaluate(
     parser.add_argument('checkpoint', metavar='CHECKPOINT', nargs='?', help='shapes (the bundled model), output folder of mdm_train, one checkpoint, or a released .pth file')
     parser.add_argument('--captions', metavar='FILE', help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column')
     parser.add_argument('--data', metavar='FILE', nargs='+', help='validation set: tars or index TSVs, with braces and wildcards. For FID, for the loss, and for the captions unless --captions names some')
-    parser.add_argument('--limit', metavar='N', type=int, help='draw only the first so many captions')
+    parser.add_argument('--limit', metavar='N', type=at_least(1), help='draw only the first so many captions')
     parser.add_argument('--output', metavar='FOLDER', help='folder of the run (evaluation; with --compare: comparison)')
     parser.add_argument('--compare', metavar=('A', 'B'), nargs=2, help='folders of two runs to compare')
     parser.add_argument('--name', help='of the run, in table and gallery (the checkpoint)')
     judges = parser.add_argument_group('judges')
     judges.add_argument('--fid', metavar='FILE', help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of Inception v3, or the word inception to fetch that')
     judges.add_argument('--clip', metavar='FOLDER', help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
-    judges.add_argument('--loss-pictures', metavar='K', type=int, default=256, help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
-    judges.add_argument('--levels', metavar='B', type=int, default=10, help='noise levels (%(default)s)')
-    judges.add_argument('--gallery', metavar='K', type=int, default=400, help='captions whose pictures go into the HTML file, at most (%(default)s)')
+    judges.add_argument('--loss-pictures', metavar='K', type=at_least(0), default=256, help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
+    judges.add_argument('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
+    judges.add_argument('--gallery', metavar='K', type=at_least(0), default=400, help='captions whose pictures go into the HTML file, at most (%(default)s)')
     add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, evaluate_command, argv)

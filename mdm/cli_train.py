@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['earlier_run', 'remove_earlier_run', 'resume_point', 'remove_unfinished', 'prepare_folder', 'opening_line',
-           'closing_line', 'Terminated', 'run_training', 'encoder_width', 'random_data', 'dry_run', 'stage_recipes',
-           'sort_out', 'train_command', 'mdm_train']
+           'closing_line', 'log_validation', 'Terminated', 'run_training', 'encoder_width', 'random_data', 'dry_run',
+           'stage_recipes', 'sort_out', 'train_command', 'mdm_train']
 
 # %% ../nbs/26_cli_train.ipynb #c0c6170d
 import argparse, csv, os, re, shlex, shutil, sys, time, warnings
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from .command import *
 
@@ -27,7 +29,7 @@ def remove_earlier_run(
 ):
     "Remove what `earlier_run` finds, what goes with it, and nothing else."
     for path in earlier_run(folder): shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in ('log.csv', 'recipe.yaml'): (folder/name).unlink(missing_ok=True)             # of a training that never took a step, too
+    for name in ('log.csv', 'valid.csv', 'recipe.yaml'): (folder/name).unlink(missing_ok=True)             # of a training that never took a step, too
     shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
 def resume_point(
@@ -61,7 +63,9 @@ def prepare_folder(
     "Make room for a training, or for the rest of one."
     from mdm.recipe import save_recipe
     from mdm.resume import cut_log
-    if checkpoint: cut_log(folder/'log.csv', checkpoint.extra.get('training', {}).get('logged') or 0)
+    if checkpoint:
+        cut_log(folder/'log.csv', checkpoint.extra.get('training', {}).get('logged') or 0)
+        cut_log(folder/'valid.csv', checkpoint.step)
     else: remove_earlier_run(folder)
     remove_unfinished(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,10 +94,23 @@ def closing_line(
     with open(out/'log.csv', newline='') as f: log = list(csv.DictReader(f))
     loss = f"; loss {float(log[0]['loss']):.4f} (step {log[0]['step']}) to {float(log[-1]['loss']):.4f} (step {log[-1]['step']})" if log else ''
     prompt = t.preview_prompts[0] if t.preview_prompts else 'a caption like yours'
-    return (f"{learn.steps:,} steps in {seconds:.0f} s, {steps*t.batch_size*t.accumulate*world/seconds:.1f} pictures/s{loss}; checkpoint {learn.checkpoints.saved}. "
+    part = f'{steps:,} of {learn.steps:,}' if steps < learn.steps else f'{steps:,}'
+    return (f"{part} step{'s'*(learn.steps != 1)} in {seconds:.0f} s, {steps*t.batch_size*t.accumulate*world/seconds:.1f} pictures/s{loss}; checkpoint {learn.checkpoints.saved}. "
             f"Now try: mdm_sample {shlex.quote(str(out))} {shlex.quote(prompt)}")
 
 # %% ../nbs/26_cli_train.ipynb #94b158d0
+def log_validation(
+    learn, # in training
+    row:list, # of fastai's recorder
+):
+    "Say the validation loss, and write it into valid.csv."
+    say(f'step {learn.steps:,}: validation loss {row[2]:.4f}')
+    path = Path(learn.recipe.train.output)/'valid.csv'
+    try:
+        new = not path.exists()
+        with path.open('a') as f: f.write('step,valid_loss\n'*new + f'{learn.steps},{row[2]:.6g}\n')
+    except OSError as e: say(f'mdm_train: warning: {path} could not be written ({e}); the training goes on')
+
 class Terminated(KeyboardInterrupt):
     "SIGTERM has stopped the training."
 
@@ -103,50 +120,54 @@ def run_training(
     minutes:float|None=None, # stop after this time
     overwrite:bool=False, # replace an earlier training in the output folder
     resume:bool=False, # insist on an earlier part of this training to go on from
-): # `MDMLearner` with `seconds`, or None when there was nothing left to do; raises KeyboardInterrupt, saying what was saved, after Ctrl-C
+): # `MDMLearner` with `seconds`, or None when there was nothing left to do; raises KeyboardInterrupt, saying what was saved, after Ctrl-C, and FileExistsError while another training writes there
     "Train, or go on training, with a progress bar and everything that the recipe wants to be written."
     import torch
     from mdm.data import create_dls
     from mdm.distributed import barrier, distributed_setup, is_main, rank_seed
     from mdm.learner import mdm_learner, output_callbacks
     from mdm.resume import Stop
+    from mdm.shards import only_writer
     distributed_setup()
     out, tell = Path(recipe.train.output), is_main()
     if not tell: warnings.simplefilter('ignore')
-    checkpoint = None if overwrite else resume_point(out, recipe)
-    if resume and not checkpoint: raise FileNotFoundError(f'--resume: there is no checkpoint in {out} to go on from; leave out --resume to begin')
-    if checkpoint and checkpoint.step >= recipe.train.steps:
-        if tell:
-            remove_unfinished(out)
-            print(f'{out}: this training is finished, with {checkpoint.step:,} steps. To go on, raise train.steps; to begin again, --overwrite', flush=True)
-        return
-    dls = create_dls(recipe.data, recipe.train.batch_size, replace(recipe.data, files=list(valid)) if valid else None, seed=recipe.train.seed)
-    learn = mdm_learner(dls, recipe, grow=not checkpoint)
-    learn.add_cbs([*output_callbacks(learn, bar=True), stop := Stop(minutes)])
-    if tell: print(opening_line(learn, minutes), flush=True)
-    barrier()                                                        # everybody has seen what was there
-    if tell: prepare_folder(out, recipe, checkpoint)
-    torch.manual_seed(rank_seed(recipe.train.seed))
-    if checkpoint:
-        learn.resume(checkpoint)
-        if tell: print(f'going on from {checkpoint.folder}', flush=True)
-    before, start = learn.steps, time.perf_counter()
-    with stop.signals(), learn.no_bar(), learn.no_logging():
-        if valid and tell: learn.logger = lambda row: say(f'step {learn.steps:,}: validation loss {row[2]:.4f}')
-        learn.fit_steps()
-    learn.seconds, saved = time.perf_counter() - start, learn.checkpoints.saved
-    barrier()
-    if not tell:
-        if stop.reason in ('SIGINT', 'SIGTERM'): sys.exit(128 + (2 if stop.reason == 'SIGINT' else 15))
+    with ExitStack() as lock:
+        if tell and (known := out.is_dir()): lock.enter_context(only_writer(out))
+        checkpoint = None if overwrite else resume_point(out, recipe)
+        if resume and not checkpoint: raise FileNotFoundError(f'--resume: there is no checkpoint in {out} to go on from; leave out --resume to begin')
+        if checkpoint and checkpoint.step >= recipe.train.steps:
+            if tell:
+                remove_unfinished(out)
+                print(f'{out}: this training is finished, with {checkpoint.step:,} steps. To go on, raise train.steps; to begin again, --overwrite', flush=True)
+            return
+        dls = create_dls(recipe.data, recipe.train.batch_size, replace(recipe.data, files=list(valid)) if valid else None, seed=recipe.train.seed)
+        learn = mdm_learner(dls, recipe, grow=not checkpoint)
+        learn.add_cbs([*output_callbacks(learn, bar=True), stop := Stop(minutes)])
+        if tell: print(opening_line(learn, minutes), flush=True)
+        barrier()                                                    # everybody has seen what was there
+        if tell and not known: lock.enter_context(only_writer(out))
+        if tell: prepare_folder(out, recipe, checkpoint)
+        torch.manual_seed(rank_seed(recipe.train.seed))
+        if checkpoint:
+            learn.resume(checkpoint)
+            if tell: print(f'going on from {checkpoint.folder}', flush=True)
+        before, start = learn.steps, time.perf_counter()
+        with stop.signals(), learn.no_bar(), learn.no_logging():
+            if valid and tell: learn.logger = partial(log_validation, learn)
+            learn.fit_steps()
+        learn.seconds, saved = time.perf_counter() - start, learn.checkpoints.saved
+        barrier()
+        if not tell:
+            if stop.reason in ('SIGINT', 'SIGTERM'): sys.exit(128 + (2 if stop.reason == 'SIGINT' else 15))
+            return learn
+        wanted = {'SIGINT': KeyboardInterrupt, 'SIGTERM': Terminated}.get(stop.reason)
+        if not learn.steps: raise wanted('stopped before the first step was done; nothing was saved')
+        if not saved or saved.name != f'step_{learn.steps:08d}':
+            raise OSError(f"the checkpoint of step {learn.steps:,} could not be saved. {f'The last good one is {saved}' if saved else 'There is none'}: make room, and run the same command again to go on")
+        line = closing_line(learn, learn.seconds, learn.steps - before)
+        if wanted: raise wanted(f'stopped; the same command goes on. {line}')
+        print(line, flush=True)
         return learn
-    wanted = {'SIGINT': KeyboardInterrupt, 'SIGTERM': Terminated}.get(stop.reason)
-    if not learn.steps: raise wanted('stopped before the first step was done; nothing was saved')
-    if not saved or saved.name != f'step_{learn.steps:08d}':
-        raise OSError(f"the checkpoint of step {learn.steps:,} could not be saved. {f'The last good one is {saved}' if saved else 'There is none'}: make room, and run the same command again to go on")
-    line = closing_line(learn, learn.seconds, learn.steps - before)
-    if wanted: raise wanted(f'stopped; the same command goes on. {line}')
-    print(line, flush=True)
-    return learn
 
 # %% ../nbs/26_cli_train.ipynb #a3c94b58
 def encoder_width(

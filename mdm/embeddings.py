@@ -86,6 +86,7 @@ def embed_shards(
     bar:bool=False, # show a progress bar
 )->dict: # the manifest
     "Add embeddings to shards. Raises `FileExistsError` when the folder holds something else, `ValueError` when shards share a name."
+    if batch_size < 1: raise ValueError(f'batch_size is {batch_size}, but must be at least 1')
     tars, folder = find_tars(patterns), Path(folder)
     names = {t: os.path.basename(t).split('.tar')[0].removesuffix('.tgz') + '.tar' for t in tars}
     if twice := [n for n,k in Counter(names.values()).items() if k > 1]: raise ValueError(f'{twice[0]} is the name of several shards: embed those of each folder into a folder of their own')

@@ -7,8 +7,8 @@ __all__ = ['INCEPTION', 'GALLERY_PAGE', 'read_captions', 'own_blocks', 'fingerpr
            'sample_missing', 'load_pictures', 'wait_for', 'share_work', 'score', 'judge_pictures', 'frechet_distance',
            'leave_out', 'jackknife_error', 'extrapolate_fid', 'load_extractor', 'extract_features', 'KnownFeatures',
            'fid_score', 'load_clip', 'clip_scores', 'read_pictures', 'level_losses', 'summarise_losses', 'plot_losses',
-           'evaluate', 'score_label', 'score_text', 'score_note', 'picture_uri', 'write_gallery', 'read_results',
-           'pair_captions', 'score_difference', 'compare_runs']
+           'evaluate', 'with_earlier', 'score_label', 'score_text', 'score_note', 'picture_uri', 'write_gallery',
+           'read_results', 'pair_captions', 'score_difference', 'compare_runs']
 
 # %% ../nbs/22_evaluate.ipynb #d83dfc25
 import base64, csv, hashlib, html, io, json, os, random, re, shutil, time, zipfile, zlib
@@ -162,7 +162,11 @@ def load_pictures(
     indices:Iterable[int], # numbers of the captions
 )->Tensor: # uint8 [B,3,S,S]
     "Read pictures of a run."
-    return torch.stack([torch.from_numpy(np.array(Image.open(picture_path(folder, i)).convert('RGB'))).permute(2, 0, 1) for i in indices])
+    def load(path):
+        try: return torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1)
+        except FileNotFoundError: raise
+        except (OSError, SyntaxError) as e: raise ValueError(f'{path} is damaged ({e}): remove it, and the same command draws it again') from e
+    return torch.stack([load(picture_path(folder, i)) for i in indices])
 
 # %% ../nbs/22_evaluate.ipynb #5475851f
 def wait_for(
@@ -456,8 +460,10 @@ def evaluate(
     if fid and not data: raise ValueError('FID compares with real pictures: give shards of them as data')
     for what, v, low in (('n', n, 1), ('batch_size', batch_size, 1), ('loss_pictures', loss_pictures, 0), ('levels', levels, 1), ('embed', embed, 0)):
         if v is not None and v < low: raise ValueError(f'{what} is {v}, but must be at least {low}')
+    if levels > (most := pipe.diffusion.config.num_steps): raise ValueError(f'levels is {levels}, but the model has {most} diffusion steps')
     extractor, judge = fid and load_extractor(fid, device), clip and load_clip(clip, device)     # what is missing is missed before hours of sampling
     captions = list(captions or chain.from_iterable(o[2] for o in read_pictures(data, size, batch_size, n)))[:n]
+    if fid and len(captions) < 20: raise ValueError(f'FID needs at least 20 drawn pictures, and thousands to mean something; there are {len(captions)} captions')
     folder = claim_run(folder, settings := run_settings(pipe, captions, config, seed, negative_prompt), captions)
     sample_missing(pipe, folder, captions, config, seed, negative_prompt, batch_size, rank, world, progress)
     share = partial(share_work, folder, rank=rank, world=world)
@@ -474,14 +480,29 @@ def evaluate(
     if fid: scores['fid'] = fid_score(real['features'], drawn['features'])
     loss = losses and summarise_losses(losses['loss'], pipe) | dict(pictures=_digest(losses['caption'].tolist()))
     if loss: scores |= {f'loss.{r}': score(losses['loss'][:, :, k].mean(1), 'low') for k, r in enumerate(loss['resolutions'])}
-    results = dict(format=1, name=name or folder.name, settings=settings, data=data and list(map(redact, data)), judges={k: dict(source=str(v), weights=fingerprint(m)) for k, v, m in (('fid', fid, extractor), ('clip', clip, judge and judge[0])) if v},
-                   warnings=[o['warning'] for o in scores.values() if o.get('warning')], scores=scores, loss=loss, captions=captions, found=found)
+    results = with_earlier(folder, dict(format=1, name=name or folder.name, settings=settings, data=data and list(map(redact, data)), judges={k: dict(source=str(v), weights=fingerprint(m)) for k, v, m in (('fid', fid, extractor), ('clip', clip, judge and judge[0])) if v},
+                   warnings=[o['warning'] for o in scores.values() if o.get('warning')], scores=scores, loss=loss, captions=captions, found=found))
     _put(folder/'results.json', json.dumps(results, indent=1).encode())
     if loss: _put(folder/'loss.png', _figure({results['name']: loss}))
     write_gallery(folder/'gallery.html', [(folder, results)], embed=embed)
     shutil.rmtree(folder/'parts', ignore_errors=True)
     for p in folder.rglob('.*.new'): p.unlink(missing_ok=True)           # of processes that were killed
     return results
+
+def with_earlier(
+    folder:str|Path, # of the run
+    results:dict, # of this evaluation
+)->dict: # the same, with scores that an earlier evaluation of these pictures took, and this one did not
+    "What was measured stays, unless it was measured against other real pictures."
+    try: old = _read_json(Path(folder)/'results.json')
+    except (OSError, ValueError): return results
+    if any(old.get(k) != results[k] for k in ('format', 'settings', 'captions')): return results
+    alike = not (old['data'] and results['data']) or old['data'] == results['data']
+    kept = {k: o for k, o in old['scores'].items() if k not in results['scores'] and (alike or k == 'clip') and not (k[:4] == 'loss' and results['loss'])}
+    kinds = 'accuracy', 'clip', 'fid', 'loss'
+    scores = dict(sorted({**kept, **results['scores']}.items(), key=lambda o: kinds.index(o[0].partition('.')[0])))
+    return results | dict(data=results['data'] or (old['data'] if kept.keys() - {'clip'} else None), scores=scores, judges={**{k: o for k, o in old['judges'].items() if k in kept}, **results['judges']},
+                          loss=results['loss'] or (old['loss'] if any(k[:4] == 'loss' for k in kept) else None), warnings=[o['warning'] for o in scores.values() if o.get('warning')])
 
 def _clip_part(judge, batches, captions, device):
     pairs = [(i, m) for b, pictures in batches for i, m in zip(b, clip_scores(judge, pictures, [captions[i] for i in b], device))]
@@ -629,9 +650,11 @@ def write_gallery(
 def read_results(
     folder:str|Path, # of a run that was judged
 )->tuple[Path, dict]: # folder and results
-    "Open a run. Raises `FileNotFoundError`."
+    "Open a run. Raises `FileNotFoundError`, or ValueError when it is damaged."
     if not (Path(folder)/'results.json').is_file(): raise FileNotFoundError(f'{folder} holds no results.json: evaluate a model into that folder first')
-    return Path(folder), _read_json(Path(folder)/'results.json')
+    found = _read_json(Path(folder)/'results.json')
+    if not isinstance(found, dict) or found.get('format') != 1: raise ValueError(f"{folder}/results.json is not of an evaluation that this release can read (format {found.get('format') if isinstance(found, dict) else None!r}, expected 1): evaluate the model again, into another folder")
+    return Path(folder), found
 
 def pair_captions(
     a:list[str], # captions of one run

@@ -9,7 +9,7 @@ __all__ = ['Fraction', 'sections', 'TrainConfig', 'Recipe', 'RecipeError', 'vali
            'read_source', 'apply_overrides', 'load_recipe']
 
 # %% ../nbs/14_recipe.ipynb #1b0b7ad6
-import json, re, warnings
+import json, os, re, warnings
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -252,7 +252,6 @@ def check_recipe(
     if train: problems += complaints(train, 'train', [
         (train.warmup_steps > train.steps, 'warmup_steps', f'no more than train.steps = {train.steps}'),
         (train.lr_schedule == 'one_cycle' and train.warmup_steps, 'warmup_steps', '0: train.lr_schedule = one_cycle has a warm-up of its own'),
-        (train.fsdp and train.optimizer == 'muon', 'optimizer', 'another one: muon needs whole matrices, and train.fsdp splits them'),
         (len({train.ema_decay, *train.ema_decays}) <= len(train.ema_decays), 'ema_decays', f'numbers that differ from each other and from train.ema_decay = {train.ema_decay}')])
     if train and model: problems += complaints(train, 'train', [(train.freeze_inner_steps and not starts(model), 'freeze_inner_steps', '0, or a trained doll to freeze: name its checkpoint in model.inner_from')])
     if sample: problems += complaints(sample, 'sample', [
@@ -302,8 +301,10 @@ def save_recipe(
     "Write a recipe as YAML."
     literal = lambda v: {k: literal(o) for k, o in v.items()} if isinstance(v, dict) else [literal(o) for o in v] if isinstance(v, list) \
         else v.replace('${', r'\${') if isinstance(v, str) else v      # a prompt may hold what would be read as a reference
-    Path(path).write_text(yaml.dump(literal(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120), encoding='utf-8')
-    return Path(path)
+    path = Path(path); new = path.with_name(f'.{path.name}.new')
+    new.write_text(yaml.dump(literal(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120), encoding='utf-8')
+    os.replace(new, path)      # an earlier one stays until this one is whole
+    return path
 
 # %% ../nbs/14_recipe.ipynb #6705c0df
 _same, _not = (lambda v: v), (lambda v: not _flag(v))

@@ -194,7 +194,7 @@ def cut_log(
 # %% ../nbs/20_resume.ipynb #ee375a23
 class Stop(Callback):
     "End the fit after a step when a signal came or the time is up; `reason` says why."
-    order, run_valid = 101, False
+    order = 101
     def __init__(self,
         minutes:float|None=None, # how long the training may take; None: any time
     ): self.reason, self.end, self.pid = None, None if minutes is None else time.monotonic() + 60*minutes, os.getpid()
@@ -220,6 +220,7 @@ class Stop(Callback):
 
     def after_batch(self):
         if getattr(getattr(self.learn, 'accumulate', None), 'count', 0): return            # in the middle of a step
+        if not self.training and rank_and_world()[1] > 1: return                           # a validation of several processes is finished: they need not have equally many batches
         if self.end and not self.reason and time.monotonic() > self.end: self.reason = 'time'
         if not any_true(self.reason is not None): return
         self.reason = next(o for o in gather_objects(self.reason) if o)

@@ -45,6 +45,12 @@ def whole_file(
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/11_shards.ipynb #b8df338d
+_held = set()                                                # folders that this process has locked
+def _let_go():
+    "A child that was forked does not hold its parent's locks; it may outlive it."
+    while _held: os.close(_held.pop())
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
+
 @contextmanager
 def only_writer(
     folder:str|Path, # made if it is not there
@@ -53,13 +59,15 @@ def only_writer(
     Path(folder).mkdir(parents=True, exist_ok=True)
     try: import fcntl
     except ImportError: fcntl = None                         # Windows
-    f = os.open(folder, os.O_RDONLY) if fcntl else None
+    if not fcntl: yield; return
+    _held.add(f := os.open(folder, os.O_RDONLY))
     try:
-        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise FileExistsError(f'another run is writing into {folder} at this moment: wait for it, or choose another folder') from e
         except OSError: pass                                 # a network drive without locks
         yield
-    finally: f is None or os.close(f)
+    finally:
+        if f in _held: _held.remove(f); os.close(f)
 
 # %% ../nbs/11_shards.ipynb #d0a15afa
 MANIFEST, REPORT = 'manifest.json', 'skipped.tsv'
@@ -109,6 +117,7 @@ class ShardWriter:
     def _begin(self, settings, command, extra):
         "Find out how far an earlier run has come, and clear away what it left half done."
         old = load_manifest(self.folder)
+        if old and old.get('complete') and not old['shards']: old = None      # nothing could be used: begin again, whatever the settings were
         self.manifest = old or {'format':1, 'command':command, 'complete':False, 'settings':settings, 'position':0, 'report_bytes':0, 'shards':{}, 'skipped':{}}
         self._check(settings, old)
         self.manifest.update(command=command, **extra)
@@ -338,7 +347,8 @@ def folder_sample(
 )->dict: # `__key__`, and bytes by extension
     "One picture of a folder as a sample. Raises `Skip` when it cannot be used."
     if isinstance(text, Skip): raise text
-    path, beside = Path(folder,file), Path(folder,file).with_suffix('.txt')
+    path = Path(folder,file)
+    beside = next((o for o in map(path.with_suffix, ('.txt','.TXT','.Txt')) if o.is_file()), path.with_suffix('.txt'))
     try:
         data = path.read_bytes()
         raw = {'txt':beside.read_bytes()} if text is None and beside.is_file() else {} if text is None else {'json':json.dumps({'caption':text}).encode()}
@@ -378,10 +388,11 @@ def write_folder(
 def refuse_empty(
     manifest:dict, # of a finished run
     source, # what it was made from
+    mend:str='', # what to do about it
 )->dict: # the same manifest
     "Raises `ValueError` when there is not a single sample."
     if manifest['shards']: return manifest
-    raise ValueError(f"nothing in {source} can be used: {'; '.join(f'{n} x {k}' for k,n in manifest['skipped'].items()) or 'it is empty'}")
+    raise ValueError(f"nothing in {source} can be used: {'; '.join(f'{n} x {k}' for k,n in manifest['skipped'].items()) or 'it is empty'}{mend}")
 
 # %% ../nbs/11_shards.ipynb #a229de64
 def find_tars(
@@ -447,7 +458,7 @@ def split_shards(
             skip = isinstance(s, Skip)
             valid = not skip and key_fraction(s['__key__']) < percent/100
             for o,mine in zip(sides, (not valid, valid)): o.add(n, s if mine else None, tar)
-    for o,p in zip(sides, (100-percent,percent)): refuse_empty(o.manifest, f'{p:g} % of {sum(v["samples"] for m in sides for v in m.manifest["shards"].values()):,} samples')
+    for o,p in zip(sides, (100-percent,percent)): refuse_empty(o.manifest, f'{p:g} % of {sum(v["samples"] for m in sides for v in m.manifest["shards"].values()):,} samples', f'. Choose another percentage, and another folder than {folder}')
     return tuple(o.manifest for o in sides)
 
 def shared_embeddings(

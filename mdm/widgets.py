@@ -136,7 +136,7 @@ class Side:
         "Add a step to the path, unless it is one to leave out."
         self.done, self.total = step.index == step.total, step.total
         self.final = step.x if self.done else step.x0
-        if step.index % self.stride and not self.done: return
+        if step.index % self.stride != 1 % self.stride and not self.done: return
         self.frames.append(Frame(step.index, step.total, step.t, seconds, *([shrink(o, self.side) for o in level] for level in (step.x, step.x0))))
 
     def about(self)->str: # e.g. 'runs/shapes, steps 10'
@@ -654,6 +654,7 @@ class SamplerWidget(W.VBox):
                 self._say(f'Step {done} of {total}, t = {step.t}. {run.seconds:.1f} s, {run.seconds/done:.2f} s per step, about {run.seconds/done*(total - done):.0f} s to go.')
                 if self.live.value: self._follow()
             run.stopped = not all(o.done for o in run.sides)
+            run.sides = [o for o in run.sides if o.final]    # one may not have begun
             if done: self._finish(run)
             self._say(f"{'Stopped at' if run.stopped else 'Done:'} step {done} of {sum(o.total for o in run.sides)}, {run.seconds:.1f} s.")
         except Exception as e: self._fail(e); self._say('')
@@ -718,7 +719,7 @@ class SamplerWidget(W.VBox):
 
     def _draw_strip(self, side, now, pick):
         n, frames = len(self.cards), side.frames
-        expected = math.ceil(side.total/side.stride)        # frames at the end: cards fill up from the left
+        expected = math.ceil(side.total/side.stride) + ((side.total - 1) % side.stride > 0)     # frames at the end: cards fill up from the left
         chosen = sorted({round(i*(expected - 1)/max(1, n - 1)) for i in range(n)})
         if len(frames) - 1 not in chosen and not self.busy: chosen = sorted({*(k for k in chosen if k < len(frames)), len(frames) - 1})[:n]
         for card, k in zip(self.cards, chosen + [None]*n):

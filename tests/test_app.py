@@ -252,15 +252,20 @@ def test_what_the_command_says(capsys, monkeypatch, tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0)); taken.listen()
         assert mdm_app(['--port', str(taken.getsockname()[1])]) == 2 and '--port' in capsys.readouterr().err
+    for flag, v in (('--port', '99999'), ('--port', '-1'), ('--visitors', '0')): assert mdm_app([flag, v]) == 2 and f'{flag}: ' in capsys.readouterr().err
+    (tmp_path/'notes.txt').write_text('a cat')
+    assert mdm_app([str(tmp_path/'notes.txt')]) == 2 and 'notes.txt is no model' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'voila.app', None)
     assert mdm_app(['--port', '0']) == 2 and "pip install 'mdm[app]'" in capsys.readouterr().err
 
-def test_names_of_checkpoints(tmp_path):
+def test_names_of_checkpoints(tmp_path, monkeypatch):
     from mdm.checkpoint import find_checkpoint
     here = find_checkpoint('shapes')
     for o in ('a/run', 'b/run'): shutil.copytree(here, tmp_path/o)
     names = named_checkpoints([str(tmp_path/'a'/'run'), str(tmp_path/'b'/'run'), 'shapes'])
     assert names.pop('shapes') == 'shapes' and len(names) == 2
     assert list(named_checkpoints([str(tmp_path/'a'/'run')])) == ['run']               # a page need not tell where things lie
+    monkeypatch.chdir(tmp_path); Path('shapes').mkdir()
+    assert named_checkpoints(['shapes']) == {'shapes': 'shapes'}                       # a folder of shards, say
     notebook = json.loads(write_page(tmp_path/'page', {evil + "'\"\\": 'x'}).read_text())
     compile(notebook['cells'][1]['source'], 'cell', 'exec')

@@ -2,7 +2,7 @@
 import argparse, collections, io, json, os, pickle, struct, subprocess, sys, types, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
-from mdm.checkpoint import (Inert, UnsafeCheckpoint, atomic_folder, convert, find_checkpoint, load_checkpoint, load_inner, load_model, load_released, load_weights,
+from mdm.checkpoint import (Inert, UnsafeCheckpoint, atomic_folder, bundled, convert, find_checkpoint, load_checkpoint, load_inner, load_model, load_released, load_weights,
     read_pickle, readable, save_checkpoint, save_released, text_width)
 from mdm.nested_unet import create_model
 from mdm.recipe import load_recipe, to_reference
@@ -77,6 +77,15 @@ def test_newest_complete(recipe, state, tmp_path):
     for step in (9,): (tmp_path/f's{step}'/'recipe.yaml').unlink()
     os.rename(tmp_path/'.s10.old', tmp_path/'gone'); (tmp_path/'gone'/'state.json').unlink()
     with pytest.raises(FileNotFoundError, match='recipe.yaml'): find_checkpoint(tmp_path)
+
+def test_a_folder_with_the_name_of_a_bundled_model(recipe, state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint('shapes').parent == bundled
+    Path('shapes').mkdir(); Path('shapes/shapes-000000.tar').write_bytes(b'')
+    assert find_checkpoint('shapes').parent == bundled
+    with pytest.raises(FileNotFoundError, match='no complete checkpoint'): find_checkpoint(tmp_path/'shapes')
+    save_checkpoint('shapes/s1', recipe, state, None, 1)
+    assert find_checkpoint('shapes') == Path('shapes/s1')
 
 crash = '''
 import os, sys

@@ -133,7 +133,7 @@ def test_overrides_anywhere(data, tmp_path, call):
 
 def test_minutes(data, tmp_path, call):
     code, out, _ = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run', '--minutes', 1e-6)
-    assert code == 0 and steps(tmp_path/'run') == ['step_00000001'] and out.splitlines()[-1].startswith('1 steps')
+    assert code == 0 and steps(tmp_path/'run') == ['step_00000001'] and out.splitlines()[-1].startswith('1 step in ')
     assert (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('1,')
 
 def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call):
@@ -288,13 +288,16 @@ def test_sample_tools(trained, tmp_path, call):
     (['RUN', '--prompts-file', 'nowhere.txt'], 'no file nowhere.txt'),
     (['RUN', '--prompts-file', 'blank.txt'], 'no prompt'),
     (['RUN', '--prompts-file', 'picture.txt'], 'not UTF-8'),
-    (['RUN', prompt, '--n', '0'], 'n: found 0'),
-    (['RUN', prompt, '--n', 'four'], 'invalid int value'),
-    (['RUN', prompt, '--batch-size', '0'], 'batch_size: found 0'),
-    (['RUN', prompt, '--steps', '0'], 'sample.steps: found 0'),
+    (['RUN', prompt, '--seed', '9'*20], '--seed: '),
+    (['RUN', prompt, '--device', 'meta'], '--device meta'),
+    (['RUN', prompt, '--output', 'some.jpg'], 'written as PNG'),
+    (['RUN', prompt, '--n', '0'], '--n: 0 is below 1'),
+    (['RUN', prompt, '--n', 'four'], "--n: 'four' is no whole number"),
+    (['RUN', prompt, '--batch-size', '0'], '--batch-size: 0 is below 1'),
+    (['RUN', prompt, '--steps', '0'], '--steps: 0 is below 1'),
     (['RUN', prompt, '--steps', '5000'], 'sample.steps: found 5000'),
     (['RUN', prompt, '--guidance', '-1'], 'sample.guidance'),
-    (['RUN', prompt, '--eta', 'lots'], "invalid eta_value value: 'lots'"),
+    (['RUN', prompt, '--eta', 'lots'], "--eta: 'lots' is neither"),
     (['RUN', prompt, '--eta', '-1'], 'sample.eta'),
     (['RUN', prompt, '--eta', '.5', '--solver', 'unipc'], "only sample.solver = 'ddim'"),
     (['RUN', prompt, '--solver', 'euler'], "invalid choice: 'euler'"),
@@ -309,7 +312,7 @@ def test_sample_tools(trained, tmp_path, call):
     (['RUN', prompt, '--image', 'good.png', '--mask', 'odd.png'], 'the mask odd.png has 20 x 10'),
     (['RUN', prompt, '--image', 'good.png', '--strength', '0'], 'strength: found 0.0'),
     (['RUN', prompt, '--image', 'good.png', '--strength', '.01'], 'strength 0.01 leaves nothing'),
-    (['RUN', prompt, '--image', 'good.png', '--mask', 'good.png', '--repeats', '0'], 'repeats: found 0'),
+    (['RUN', prompt, '--image', 'good.png', '--mask', 'good.png', '--repeats', '0'], '--repeats: 0 is below 1'),
     (['RUN', prompt, '--image', 'good.png', '--repeats', '2'], '--repeats says something about --mask'),
     (['RUN', prompt, '--strength', '.5'], '--strength says something about --image'),
     (['RUN', prompt, '--mask', 'good.png'], '--mask says something about --image'),

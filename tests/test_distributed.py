@@ -146,6 +146,29 @@ def test_slices_train_by_command(shards, whole, tmp_path):
     assert codes == [0, 0], (tmp_path/'again.0').read_text()[-3000:]
     assert losses(out) == pytest.approx({k: v for k, v in losses(whole[0]).items() if k <= 6}, rel=1e-3)
 
+def test_slices_train_with_muon(shards, tmp_path):
+    "Muon needs whole matrices, and gathers them; stopped and resumed in between."
+    with_muon = lambda out, *more: finish(start(mdm_train_here, arguments(shards, tmp_path/out, 'train.optimizer=muon', *more), log=tmp_path/'log'))
+    assert with_muon('whole', 'train.steps=6') == [0, 0], (tmp_path/'log.0').read_text()[-3000:]
+    for n in (3, 6): assert with_muon('slices', 'train.fsdp=true', f'train.steps={n}') == [0, 0], (tmp_path/'log.0').read_text()[-3000:]
+    assert losses(tmp_path/'slices') == pytest.approx(losses(tmp_path/'whole'), rel=1e-3)
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'Ctrl-C'])
+def test_a_signal_to_the_launcher_saves(shards, tmp_path, number):
+    "What a cluster, or a terminal, does to torchrun: it passes the signal on, and the training saves."
+    out = tmp_path/'run'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), '-m', 'mdm.cli_train', *arguments(shards, out, 'train.steps=100000')]
+    with open(tmp_path/'log', 'w') as said:
+        p = subprocess.Popen([str(o) for o in command], stdout=said, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', CUDA_VISIBLE_DEVICES=''),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        deadline = time.monotonic() + 120
+        while not ((out/'log.csv').exists() and len(losses(out)) >= 3):
+            assert time.monotonic() < deadline and p.poll() is None, (tmp_path/'log').read_text()[-3000:]
+            time.sleep(.01)
+        p.send_signal(number)
+        assert p.wait(60) != 0
+    assert [o.name for o in out.glob('step_*')] == [f'step_{max(losses(out)):08d}'], (tmp_path/'log').read_text()[-3000:]
+
 @pytest.mark.gpu
 def test_two_gpus_train(shards, tmp_path):
     "A training with nccl; without two GPUs there is nothing to run it on."

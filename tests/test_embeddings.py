@@ -126,6 +126,8 @@ def test_refused(plain, tmp_path, t5):
     shutil.copytree(plain, tmp_path/'again')
     with pytest.raises(ValueError, match='name of several shards'): embed_shards([plain, tmp_path/'again'], tmp_path/'f', small)
     with pytest.raises(FileNotFoundError, match='no shard matches'): embed_shards(tmp_path/'none', tmp_path/'f', small)
+    with pytest.raises(ValueError, match='batch_size is 0'): embed_shards(plain, tmp_path/'g', small, batch_size=0)
+    assert not (tmp_path/'g').exists()
 
 def test_a_split_keeps_the_embeddings(plain, tmp_path):
     m = embed_shards(plain, tmp_path/'e', small)

@@ -162,7 +162,8 @@ def test_a_process_that_does_not_come(tmp_path):
 
 def test_impossible_wishes(pipe, shards, net, tmp_path):
     for wish, said in ((dict(), 'nothing to draw'), (dict(captions=captions, fid=net), 'FID compares'), (dict(captions=captions, n=0), 'n is 0'), (dict(captions=captions, batch_size=0), 'batch_size is 0'),
-                       (dict(data=shards, loss_pictures=-1), 'loss_pictures is -1'), (dict(data=shards, levels=0), 'levels is 0')):
+                       (dict(data=shards, loss_pictures=-1), 'loss_pictures is -1'), (dict(data=shards, levels=0), 'levels is 0'),
+                       (dict(data=shards, levels=2000), 'levels is 2000, but the model has 1000'), (dict(data=shards, captions=captions[:3], fid=net), 'FID needs at least 20 drawn pictures')):
         with pytest.raises(ValueError, match=said): evaluate(pipe, tmp_path/'run', **wish)
     assert not (tmp_path/'run').exists()
 
@@ -315,6 +316,28 @@ def test_what_cannot_be_compared(pipe, shards, net, tmp_path):
     assert compared('c')['notes'] == ['FID is not compared: it was measured on different numbers of pictures.', *(f'loss at {k} pixels is not compared: it was measured on different pictures, noise levels or targets.' for k in (32, 16))]
     assert 'with different networks' in (compared('b') and (tmp_path/'both'/'compare.html').read_text()) and compared('c')['pairs'] == 22
     assert compared('a')['scores']['fid']['difference'] == dict(value=0, se=0, n=25, better='')
+
+def test_earlier_scores_stay(pipe, shards, net, clip, tmp_path):
+    "One judge at a time gives what all at once give; other real pictures take away only what was measured against them."
+    alone, together = (lambda **wish: evaluate(pipe, tmp_path/'a', captions, loss_pictures=wish.pop('loss_pictures', 0), **wish)), evaluate(pipe, tmp_path/'b', captions, shards, clip=clip, loss_pictures=3)
+    alone(clip=clip)
+    found = alone(data=shards, loss_pictures=3)
+    assert list(found['scores']) == list(together['scores']) and found['judges'] == together['judges'] and found['data'] == together['data'] and found['loss'] == together['loss']
+    assert found['scores'] == together['scores'] == read_results(tmp_path/'a')[1]['scores'] == alone()['scores']
+    other = alone(data=shards[:1] if len(shards) > 1 else [*shards, *shards], loss_pictures=0)
+    assert 'clip' in other['scores'] and not other['loss'] and not [k for k in other['scores'] if k.startswith('loss')]
+
+def test_damaged_results_and_pictures(pipe, tmp_path):
+    evaluate(pipe, tmp_path/'a', captions[:2])
+    picture = next(iter((tmp_path/'a'/'pictures').iterdir()))
+    for damage in (picture.read_bytes()[:50], b''):
+        picture.write_bytes(damage)
+        with pytest.raises(ValueError, match=f'{picture.name} is damaged.*remove it'): evaluate(pipe, tmp_path/'a', captions[:2])
+    picture.unlink()
+    assert evaluate(pipe, tmp_path/'a', captions[:2])['captions'] == captions[:2]
+    for text, said in (('{}', 'format None, expected 1'), ('[]', 'expected 1'), ('{', 'is damaged')):
+        (tmp_path/'a'/'results.json').write_text(text)
+        with pytest.raises(ValueError, match=said): compare_runs(tmp_path/'a', tmp_path/'a', tmp_path/'c')
 
 def test_runs_with_nothing_in_common(pipe, tmp_path):
     for name, texts in (('a', ['a cat']), ('b', ['a dog'])): evaluate(pipe, tmp_path/name, texts)

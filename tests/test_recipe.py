@@ -39,6 +39,15 @@ def test_preset_survives_a_round_trip(name, tmp_path):
     assert load_recipe(save_recipe(recipe, tmp_path/'r.yaml')) == recipe
     assert build_recipe(recipe_dict(recipe)) == recipe
 
+def test_writing_a_recipe_leaves_the_earlier_one_until_it_is_whole(tmp_path, monkeypatch):
+    recipe, path = load_recipe('shapes'), tmp_path/'r.yaml'
+    save_recipe(recipe, path); before = path.read_bytes()
+    with monkeypatch.context() as m:
+        def full(self, text, **kwargs): self.write_bytes(text.encode()[:600]); raise OSError(28, 'No space left on device')
+        m.setattr(Path, 'write_text', full)
+        with pytest.raises(OSError, match='No space'): save_recipe(recipe, path)
+    assert path.read_bytes() == before
+
 def test_preset_sizes():
     def scales_and_size(n): return model_scales((r := load_recipe(n)).model), r.data.image_size
     assert scales_and_size('shapes') == ([2, 1], 32) and scales_and_size('pictures_64') == ([2, 1], 64)
@@ -250,7 +259,7 @@ def test_every_setting_is_documented():
     for section in (Recipe, TrainConfig): assert all(docments(section).get(f.name) for f in fields(section))
 
 @pytest.mark.parametrize('values, key, want', [
-    (dict(lr_schedule='one_cycle', warmup_steps=5), 'warmup_steps', 'warm-up of its own'), (dict(fsdp=True, optimizer='muon'), 'optimizer', 'whole matrices'),
+    (dict(lr_schedule='one_cycle', warmup_steps=5), 'warmup_steps', 'warm-up of its own'),
     (dict(ema_decay=.9, ema_decays=[.99, .9]), 'ema_decays', 'differ'), (dict(ema_decays=[.5, .5]), 'ema_decays', 'differ'), (dict(freeze_inner_steps=5), 'freeze_inner_steps', 'model.inner_from')])
 def test_training_options_that_exclude_each_other(values, key, want):
     found = check_recipe(UNetConfig([8], [1], [0], num_groups=8), train=TrainConfig(**values))

@@ -123,6 +123,34 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
     assert train_child.finish(train_child.start(command(adamw, out, data, '--minutes', 60), said)) == 0
     assert_same(adamw_run, out)
 
+# ---- two at once, and validation
+
+def test_one_training_at_a_time(data, workers_run, tmp_path):
+    "A second one in the same folder is refused, and the first does not notice; killed, it holds nothing back, though its readers may live a little longer."
+    out, said, second = tmp_path/'run', tmp_path/'log.txt', tmp_path/'second.txt'
+    p = train_child.start(command(workers, out, data), said, slow_after=6, nap=3)
+    alive(p, said, 'slow now')
+    for more in ((), ('--overwrite',)):
+        assert train_child.finish(train_child.start(command(workers, out, data, *more), second)) == 2
+        assert f'another run is writing into {out} at this moment' in second.read_text() and 'Traceback' not in second.read_text()
+    p.kill(); p.join()
+    assert train_child.finish(train_child.start(command(workers, out, data), said)) == 0, said.read_text()
+    assert_same(workers_run, out)
+
+def test_validation(data, adamw_run, tmp_path):
+    "Losses are said and written down; a signal in the middle of one is heeded at once; neither changes the training."
+    out, said, valid = tmp_path/'run', tmp_path/'log.txt', tmp_path/'run'/'valid.csv'
+    p = train_child.start(command(adamw, out, data, '--valid', data[0]), said, slow_valid=5)
+    alive(p, said, 'slow validation')
+    os.kill(p.pid, signal.SIGTERM)
+    start = time.monotonic()
+    assert train_child.finish(p, 60) == 143 and time.monotonic() - start < 30, said.read_text()        # the whole validation would take longer
+    assert steps(out) == ['step_00000005'] and not valid.exists()
+    assert train_child.finish(train_child.start(command(adamw, out, data, '--valid', data[0]), said)) == 0
+    assert_same(adamw_run, out)
+    rows = list(csv.DictReader(valid.open()))
+    assert [r['step'] for r in rows] == ['10'] and all(0 < float(r['valid_loss']) < 10 for r in rows) and 'step 10: validation loss' in said.read_text()
+
 # ---- no room, and damage
 
 def test_a_full_disk(data, adamw_run, tmp_path):

@@ -194,6 +194,11 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
 
 # ---- tables of captions
 
+def test_endings_in_capitals(tmp_path):
+    for n, text in (('A.JPG', 'A.TXT'), ('b.Jpeg', 'b.Txt'), ('c.png', 'c.txt')):
+        put(tmp_path/'in', n, saved(red, 'PNG' if n[0] == 'c' else 'JPEG'), None); (tmp_path/'in'/text).write_text(n[0])
+    assert write_folder(tmp_path/'in', tmp_path/'out')['skipped'] == {} and sorted(s['txt'].decode() for s in by_file(tmp_path/'out').values()) == ['A', 'b', 'c']
+
 def test_metadata_jsonl(tmp_path):
     for n in ('a.jpg', 'sub/b.jpg', 'c.jpg', 'd.jpg', 'e.jpg', 'f.jpg'): put(tmp_path/'in', n, saved(red, 'JPEG'), None)
     put(tmp_path/'in', 'beside.jpg', saved(red, 'JPEG'), 'from the text file')
@@ -328,6 +333,18 @@ def test_one_run_at_a_time(tmp_path, many):
     with pytest.raises(FileExistsError, match='another run is writing'): write_folder(many, tmp_path/'out2')
     p.kill(); p.join()
     with pytest.raises(FileExistsError, match='kind was None'): write_folder(many, tmp_path/'out2')
+
+def test_children_do_not_keep_the_folder(tmp_path):
+    "Processes that a run has forked may outlive it."
+    context = multiprocessing.get_context('fork')
+    begun, over = context.Event(), context.Event()
+    child = context.Process(target=lambda: [begun.set(), over.wait(60)])
+    with only_writer(tmp_path/'out'):
+        child.start(); begun.wait(60)
+        with pytest.raises(FileExistsError): only_writer(tmp_path/'out').__enter__()
+    try:
+        with only_writer(tmp_path/'out'): assert child.is_alive()
+    finally: over.set(); child.join()
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"format":2,"shards":{}}', '{"format":1}'])
 def test_damaged_manifests(tmp_path, many, text):

@@ -1,5 +1,5 @@
 "What the options of a training promise: equal results where they must be equal, and sums, averages and stages that add up."
-import csv, json, os, re, warnings
+import csv, json, os, re, shutil, warnings
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
@@ -167,7 +167,7 @@ def test_several_averages(make, tmp_path):
 
 # ---- options that must not change the result
 
-@pytest.mark.parametrize('option, eps', [('train.activation_checkpointing=true', 0.), ('train.fsdp=true', 0.)])   # fsdp: one process has nothing to spread
+@pytest.mark.parametrize('option, eps', [('train.activation_checkpointing=true', 0.), ('train.fsdp=true', 0.)])   # fsdp: one process has nothing to spread; for two see test_distributed.py
 def test_options_change_nothing(make, option, eps):
     a, b = fit(make('train.optimizer=sgd'), 3), fit(make('train.optimizer=sgd', option), 3)
     assert b.model.activation_checkpointing == ('activation' in option)
@@ -183,6 +183,14 @@ def test_compile(make, tmp_path, monkeypatch):
     assert load_checkpoint(folder).weights(raw=True).keys() == weights(a).keys()
     again = make('train.optimizer=sgd', 'train.compile=true'); again.resume(load_checkpoint(folder))
     assert same(weights(again), weights(b))
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU, and there is no g++ here')
+def test_compile_as_users_do(make):
+    "The default backend, which writes and compiles C++: the smallest nested network, since each of its kernels takes seconds."
+    least = [f'model.{p}{k}' for p, n in (('', 2), ('inner.', 1)) for k in (f'channels={[8]*n}', f'num_resnets={[1]*n}', f'num_attention_layers={[0]*n}')] + ['train.optimizer=sgd', 'train.lr=0.1']
+    start, a, b = weights(make(*least)), *(weights(fit(make(*least, *more), 1)) for more in ((), ('train.compile=true',)))
+    farthest = lambda x, y: max((x[k] - y[k]).abs().max().item() for k in x)
+    assert farthest(b, a) < 1e-5*farthest(a, start)
 
 # ---- every optimizer goes on exactly
 

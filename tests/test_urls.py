@@ -1,5 +1,5 @@
 "Edge cases of mdm.urls, with a web server on this machine that behaves as badly as the web"
-import builtins, gzip, io, json, os, sys, tarfile, threading, time, urllib.request
+import builtins, gzip, io, json, os, socket, sys, tarfile, threading, time, urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -192,10 +192,37 @@ def test_broken_off(tmp_path, web, monkeypatch):
     assert sum(o['samples'] for o in write_urls(rows, tmp_path/'out', chunk=20)['shards'].values()) == 400
     assert works()
 
+def test_without_a_network(tmp_path, web):
+    "Not one of many servers answers: nothing is marked as lost, and the same command goes on later."
+    with socket.socket() as s: s.bind(('0.0.0.0', 0)); port = s.getsockname()[1]
+    rows = [(f'{web.url}/good/{i}', 'x') for i in range(15)] + [(f'http://127.0.0.{i}:{port}/good/{i}', 'y') for i in range(1, 31)]
+    listed(tmp_path/'list.tsv', rows)
+    work = lambda: write_urls(tmp_path/'list.tsv', tmp_path/'out', chunk=15, per_shard=10, retries=0, threads=8, timeout=5)
+    with pytest.raises(ConnectionError, match='none of the 15 servers in lines 16 to 30 of the list answered .server refused the connection.'): work()
+    assert load_manifest(tmp_path/'out')['position'] == 10 and not load_manifest(tmp_path/'out')['skipped']
+    there = ThreadingHTTPServer(('0.0.0.0', port), Web)
+    there.daemon_threads, there.seen, there.over, there.pause = True, Counter(), threading.Event(), 0
+    threading.Thread(target=there.serve_forever, daemon=True).start()
+    try: m = work()
+    finally: there.shutdown(); there.server_close()
+    assert sum(o['samples'] for o in m['shards'].values()) == 45 and not m['skipped']
+
+def test_one_dead_server_is_no_outage(tmp_path, web):
+    rows = [(f'http://127.0.0.1:1/{i}', 'x') for i in range(30)] + [(f'{web.url}/good/0', 'x')]
+    assert write_urls(listed(tmp_path/'list.tsv', rows), tmp_path/'out', chunk=15, retries=0)['skipped'] == {U.REFUSED:30}
+
+def test_nothing_is_final_about_nothing(tmp_path, web):
+    "A run without a single picture leaves nothing that a later one would trust."
+    path = listed(tmp_path/'list.tsv', [(f'{web.url}/second/{i}', 'x') for i in range(3)])
+    with pytest.raises(ValueError, match='3 x HTTP error 503'): write_urls(path, tmp_path/'out', retries=0)
+    m = write_urls(path, tmp_path/'out', retries=0)
+    assert [o['samples'] for o in m['shards'].values()] == [3] and not m['skipped'] and (tmp_path/'out'/REPORT).read_text().count('\n') == 1
+
 def test_mistakes(tmp_path, web):
     path = listed(tmp_path/'list.tsv', [(f'{web.url}/missing/{i}', 'x') for i in range(3)])
     with pytest.raises(ValueError, match='3 x HTTP error 404'): write_urls(path, tmp_path/'out')
     with pytest.raises(FileNotFoundError, match='none.tsv does not exist'): write_urls(tmp_path/'none.tsv', tmp_path/'out')
+    with pytest.raises(ValueError, match='retries is -1'): write_urls(path, tmp_path/'o2', retries=-1)
     for k in ('timeout','threads','max_picture','resize','chunk'):
         with pytest.raises(ValueError, match=f'{k} is 0'): write_urls(path, tmp_path/'o2', **{k:0})
 

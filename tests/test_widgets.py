@@ -135,6 +135,19 @@ def test_compare_two_settings_at_one_seed(pipe):
     assert [n for n in links(w)] == ['mdm_seed4_sheet.png', 'mdm_seed4.png', 'mdm_seed4_b.png']
     run(w, compare=False); w.past[1].button.click(); assert w.compare.value and w.side_b.sampling['steps'].value == 3
 
+def test_stop_before_the_second_side_has_begun(pipe):
+    w = ready(pipe); w.compare.value = True
+    for side in (w.side_a, w.side_b): side.sampling['steps'].value = 200
+    original = pipe.steps
+    def steps(*args):
+        for step in original(*args): w.stop(); yield step
+    pipe.steps = steps
+    try: run(w, n=1)
+    finally: del pipe.steps
+    assert not w.error.value and 'Stopped at step 1 of' in w.status.value and len(w.runs) == 1 and len(w.runs[0].sides) == 1 and len(links(w)) == 2
+    w.gif_button.click(); assert not w.error.value and any(k.endswith('.gif') for k in links(w))       # the first step of a long path is in it
+    w.past[0].button.click(); assert not w.error.value and w.compare.value
+
 def test_errors_are_told_in_words(pipe, tmp_path):
     w = ready(pipe)
     run(w, prompt='x'*2001); assert 'role="alert"' in w.error.value and '2,001 characters' in w.error.value
@@ -187,7 +200,7 @@ def test_a_path_fits_into_its_memory(pipe):
     assert all(8*s.settings.n*s.side**2*min(s.config.steps/s.stride, 61) <= 1.1*path_bytes for s in sides)
     short = Side(pipe, SamplerSettings(n=1, sides=[dict(checkpoint='x', steps=150)]))
     for _ in walk_together([short], threading.Event()): pass
-    assert len(short.frames) <= 61 and short.frames[-1].index == 150 and short.done
+    assert len(short.frames) <= 61 and [f.index for f in short.frames[:2]] == [1, 4] and short.frames[-1].index == 150 and short.done
 
 def test_plot_marks_the_step(pipe):
     svg = logsnr_svg(pipe.diffusion, [900, 500], 500, [32, 16])

@@ -17,8 +17,8 @@ def finish(p, seconds=300):
     assert p.exitcode is not None, 'the training hangs'
     return p.exitcode
 
-def train(argv, log, die_at=None, full_at=None, slow_after=None, nap=1, die_saving=False):
-    "Train; `die_at`: be killed at that call of the file system's; `die_saving`: in the first save; `full_at`: let the disk be full for that save; `slow_after`: sleep for `nap` seconds in the steps after that one."
+def train(argv, log, die_at=None, full_at=None, slow_after=None, nap=1, die_saving=False, slow_valid=None):
+    "Train; `die_at`: be killed at that call of the file system's; `die_saving`: in the first save; `full_at`: let the disk be full for that save; `slow_after`: sleep for `nap` seconds in the steps after that one; `slow_valid`: in every batch of a validation, so long."
     multiprocessing.set_start_method('fork', force=True)     # of processes that read data: as in a training that was started from a shell
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1); os.dup2(out, 2)
@@ -26,6 +26,7 @@ def train(argv, log, die_at=None, full_at=None, slow_after=None, nap=1, die_savi
     if full_at is not None: fill_disk(full_at)
     if die_saving: setattr(__import__('mdm.resume').resume, 'save_checkpoint', lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
     if slow_after is not None: slow_down(slow_after, nap)
+    if slow_valid is not None: slow_down(0, slow_valid, validation=True)
     from mdm.cli_train import mdm_train
     code = mdm_train(argv)
     sys.stdout.flush(); sys.stderr.flush()
@@ -60,12 +61,12 @@ def fill_disk(which):
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     mdm.resume.save_checkpoint = save
 
-def slow_down(after, nap):
+def slow_down(after, nap, validation=False):
     "Say so and sleep in the middle of each step after a number of steps."
     import time
     from mdm.callbacks import Noising
     real = Noising.before_batch
     def before_batch(self):
-        if self.learn.steps >= after and self.training: print('slow now', flush=True); time.sleep(nap)
+        if self.learn.steps >= after and self.training != validation: print('slow validation' if validation else 'slow now', flush=True); time.sleep(nap)
         real(self)
     Noising.before_batch = before_batch
