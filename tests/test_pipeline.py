@@ -86,7 +86,8 @@ def test_prompts_are_encoded_once(monkeypatch, pipe):
 def test_moving(pipe):
     assert pipe.to('cpu') is pipe and pipe.device == torch.device('cpu') and same(pipe(prompt, n=1), pipe.to(torch.device('cpu'))(prompt, n=1), 0)
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 def test_moving_to_a_gpu_and_back(pipe):
     before = pipe(prompt, n=2, solver='unipc')
     try: assert same(pipe.to('cuda')(prompt, n=2, solver='unipc'), before, 3)          # other arithmetic, the same noise

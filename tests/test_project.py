@@ -120,6 +120,7 @@ def test_notebooks_are_small():
     report([f'{name(o)}: {o.stat().st_size/1000:.0f} kB' for o in notebooks if o.stat().st_size > 400_000], 'A notebook stays below 400 kB')
 
 def test_notebooks_were_run():
+    report([name(o) for o in notebooks if not any(c.get('outputs') for c in cells(o))], 'Every notebook shows what its code gives')
     bad = [f"{name(o)}: {out['ename']}: {out['evalue']}" for o in notebooks for c in cells(o) for out in c.get('outputs', []) if out['output_type'] == 'error']
     report(bad, 'No notebook ends in an error')
 
@@ -228,6 +229,13 @@ def test_version_is_one():
     import mdm
     assert mdm.__version__ == settings['version']
     assert settings['version'] in (root/'CHANGELOG.md').read_text(encoding='utf-8')
+
+# ---- nothing that does not belong
+
+def test_top_level():
+    "What an example wrote into the working folder is not of the project."
+    known = set('.ci .gitignore CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md _quarto.yml constraints.txt mdm nbs pyproject.toml settings.ini setup.py tests'.split())
+    report(sorted({p.relative_to(root).parts[0] for p in tracked()} - known), 'The top level holds what it is known to hold')
 
 # ---- nothing of one machine
 

@@ -123,6 +123,14 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
     assert train_child.finish(train_child.start(command(adamw, out, data, '--minutes', 60), said)) == 0
     assert_same(adamw_run, out)
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+def test_a_gpu_goes_on(data, tmp_path):
+    "With bfloat16 and fused AdamW: stopped after six steps and resumed, the losses are those of the uninterrupted run."
+    half = [o for o in adamw if o != 'train.bf16=false']
+    for out, more in (('whole', ()), ('parts', ('--minutes', 1e-6)), ('parts', ())): assert mdm_train(list(map(str, command(half, tmp_path/out, data, *more)))) == 0
+    assert [float(r['loss']) for r in log(tmp_path/'parts')] == pytest.approx([float(r['loss']) for r in log(tmp_path/'whole')], rel=1e-2)
+
 # ---- two at once, and validation
 
 def test_one_training_at_a_time(data, workers_run, tmp_path):
