@@ -164,7 +164,7 @@ def find_checkpoint(
         if not (folder/'state.json').exists() and not (folder/'model.safetensors').exists(): continue
         try: found.append((read_state(folder)['step'], folder))
         except (OSError, ValueError) as e: broken.append(str(e))
-    if not found and not broken and asked.parent == Path() and (bundled/asked.name).exists(): return bundled/asked.name      # a folder of pictures, say, that has the name
+    if not found and not broken and asked.parent == Path() and (bundled/asked.name/'state.json').is_file() and not (path/'recipe.yaml').exists(): return bundled/asked.name      # a folder of shards, say, that has the name
     if not found: raise FileNotFoundError(f"There is no complete checkpoint in {path}." + ''.join(f' {b}' for b in broken))
     best = max(found, key=lambda o: o[0])[1]
     for b in broken: warnings.warn(f'{b} Meanwhile {best} is used.')

@@ -63,7 +63,7 @@ def dataset_urls(
     "Shards from a list of addresses."
     from mdm.urls import write_urls
     start = time.perf_counter()
-    m = write_urls(args.index, args.folder, args.url_column, args.caption_column, args.resize, args.timeout, args.retries, args.max_picture_mb*1e6, args.threads, command=command_line(args), bar=True, **size_limits(args))
+    m = write_urls(args.index, args.folder, args.url_column, args.caption_column, args.resize, args.timeout, args.retries, args.max_picture_mb*1e6, args.threads, network_check=not args.no_network_check, command=command_line(args), bar=True, **size_limits(args))
     print(f"{summary(m, args.folder, time.perf_counter() - start)} Now try: mdm_dataset inspect {tars_in(args.folder)}")
 
 def dataset_shapes(
@@ -166,6 +166,7 @@ def mdm_dataset(
     p.add_argument('--retries', metavar='N', type=at_least(0), default=1, help='how often to try again (%(default)s)')
     p.add_argument('--max-picture-mb', metavar='MB', type=float, default=50, help='larger pictures are left out (%(default)s)')
     p.add_argument('--threads', metavar='N', type=at_least(1), default=64, help='servers to ask at a time (%(default)s)')
+    p.add_argument('--no-network-check', action='store_true', help='leave pictures out for good even where not one of many servers answers; without this, such a run stops, for the fault may be on this side')
     add_sizes(p)
 
     p = kind('shapes', 'shapes on plain backgrounds, drawn on the spot', 'Draw captioned pictures of one plain shape each: colour, shape, size, position and background, in several wordings. '

@@ -9,6 +9,7 @@ __all__ = ['save_png', 'make_sheet', 'next_number', 'sample_with_bar', 'read_pro
 
 # %% ../nbs/27_cli_sample.ipynb #e4c02529
 import argparse, json, re, shlex, shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,8 +66,6 @@ def read_prompts(
     try: lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as e: raise ValueError(f'--prompts-file: {path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8') from None
     return [o.strip() for o in lines if o.strip()]
-
-
 
 # %% ../nbs/27_cli_sample.ipynb #5e300c12
 def choose_tool(
@@ -210,25 +209,28 @@ def demo_command(
     from mdm.datasets import prompt_accuracy, shapes_captions, write_shapes
     from mdm.pipeline import MDMPipeline
     from mdm.recipe import load_recipe
+    from mdm.shards import only_writer
     out, overrides = Path(args.output), [*args.rest, f'train.seed={args.seed}']
     if args.steps is not None: overrides += [f'train.steps={args.steps}', f"train.warmup_steps={min(args.steps, load_recipe('shapes').train.warmup_steps)}"]
     recipe = load_recipe('shapes', overrides)
     t = recipe.train
-    clean_demo(out)
-    n = min(pictures, t.steps*t.batch_size*t.accumulate)
-    print(f'1. Drawing {n:,} pictures of shapes into {out/"shapes"}', flush=True)
-    recipe.data.files, t.output = [str(p) for p in write_shapes(out/'shapes', n, recipe.data.image_size, args.seed)], str(out/'run')
-    print('2. Training', flush=True)
-    learn = run_training(recipe)
-    print(f'3. Sampling {captions} captions whose combination of colour, shape and background was not in the training pictures', flush=True)
-    prompts, pipe = shapes_captions(captions, args.seed), MDMPipeline.from_pretrained(t.output)
-    drawn = sample_with_bar(pipe, prompts, n=1, seed=args.seed, batch_size=32)
-    grid = save_png(make_sheet([o[:shown] for o in drawn], prompts[:shown]), out/'samples'/'grid.png', seed=args.seed)
-    right = prompt_accuracy(drawn[0], prompts)
-    (out/'samples'/'accuracy.json').write_text(json.dumps(dict(captions=captions, accuracy=right, training_seconds=round(learn.seconds, 1)), indent=1))
-    print(f'\nRight in the {captions} pictures of {drawn[0][0].width} x {drawn[0][0].width} pixels:', *(f"  {'all five' if k == 'all' else k:<12}{v:6.1%}" for k, v in right.items()),
-          f'\nTraining took {learn.seconds:.0f} s. Everything lies in {out}:', f'  pictures    {grid}', f"  checkpoint  {out/'run'/f'step_{learn.steps:08d}'}",
-          f"  log         {out/'run'/'log.csv'}", f'\nDraw your own: mdm_sample {shlex.quote(t.output)} {shlex.quote(prompts[0])}', sep='\n')
+    with ExitStack() as lock:
+        if out.is_dir() or not out.exists(): lock.enter_context(only_writer(out))         # one demo at a time
+        clean_demo(out)
+        n = min(pictures, t.steps*t.batch_size*t.accumulate)
+        print(f'1. Drawing {n:,} pictures of shapes into {out/"shapes"}', flush=True)
+        recipe.data.files, t.output = [str(p) for p in write_shapes(out/'shapes', n, recipe.data.image_size, args.seed)], str(out/'run')
+        print('2. Training', flush=True)
+        learn = run_training(recipe)
+        print(f'3. Sampling {captions} captions whose combination of colour, shape and background was not in the training pictures', flush=True)
+        prompts, pipe = shapes_captions(captions, args.seed), MDMPipeline.from_pretrained(t.output)
+        drawn = sample_with_bar(pipe, prompts, n=1, seed=args.seed, batch_size=32)
+        grid = save_png(make_sheet([o[:shown] for o in drawn], prompts[:shown]), out/'samples'/'grid.png', seed=args.seed)
+        right = prompt_accuracy(drawn[0], prompts)
+        (out/'samples'/'accuracy.json').write_text(json.dumps(dict(captions=captions, accuracy=right, training_seconds=round(learn.seconds, 1)), indent=1))
+        print(f'\nRight in the {captions} pictures of {drawn[0][0].width} x {drawn[0][0].width} pixels:', *(f"  {'all five' if k == 'all' else k:<12}{v:6.1%}" for k, v in right.items()),
+              f'\nTraining took {learn.seconds:.0f} s. Everything lies in {out}:', f'  pictures    {grid}', f"  checkpoint  {out/'run'/f'step_{learn.steps:08d}'}",
+              f"  log         {out/'run'/'log.csv'}", f'\nDraw your own: mdm_sample {shlex.quote(t.output)} {shlex.quote(prompts[0])}', sep='\n')
 
 def mdm_demo(
     argv:list[str]|None=None, # command line without the name of the command; None: that of the process
@@ -238,6 +240,6 @@ def mdm_demo(
         'whose combination of colour, shape and background it has never seen, and count how often it is right.', 'mdm_demo\nmdm_demo --output elsewhere --steps 500')
     parser.add_argument('rest', metavar='key=value', nargs='*', help='change a value of the recipe shapes, as for mdm_train')
     parser.add_argument('--output', metavar='FOLDER', default='demo', help='folder; what an earlier demo left in it is replaced (%(default)s)')
-    parser.add_argument('--steps', type=int, help="optimiser steps (the recipe's)")
-    parser.add_argument('--seed', type=int, default=0, help='of pictures, weights, noise and captions (%(default)s)')
+    parser.add_argument('--steps', type=at_least(1), help="optimiser steps (the recipe's)")
+    parser.add_argument('--seed', type=at_least(0, 2**62), default=0, help='of pictures, weights, noise and captions (%(default)s)')
     return run_command(parser, demo_command, argv)

@@ -18,10 +18,10 @@ from .command import *
 # %% ../nbs/26_cli_train.ipynb #b757ac5e
 def earlier_run(
     folder:Path, # output folder of a training
-)->list[Path]: # checkpoints, previews, and the log if there is a line in it
+)->list[Path]: # checkpoints, previews, and the logs if there is a line in them
     "What an earlier training left in a folder."
-    log, number = folder/'log.csv', '[0-9]'*8
-    logged = [log] if log.is_file() and len(log.read_text(encoding='utf-8').splitlines()) > 1 else []
+    number = '[0-9]'*8
+    logged = [o for o in (folder/'log.csv', folder/'valid.csv') if o.is_file() and len(o.read_text(encoding='utf-8', errors='replace').splitlines()) > 1]
     return [*sorted(folder.glob(f'step_{number}')), *folder.glob(f'.step_{number}.*'), *folder.glob(f'previews/step_{number}.png'), *logged]
 
 def remove_earlier_run(
@@ -104,9 +104,11 @@ def log_validation(
     row:list, # of fastai's recorder
 ):
     "Say the validation loss, and write it into valid.csv."
+    from mdm.resume import cut_log
     say(f'step {learn.steps:,}: validation loss {row[2]:.4f}')
     path = Path(learn.recipe.train.output)/'valid.csv'
     try:
+        cut_log(path, learn.steps - 1)       # of a validation before a crash
         new = not path.exists()
         with path.open('a') as f: f.write('step,valid_loss\n'*new + f'{learn.steps},{row[2]:.6g}\n')
     except OSError as e: say(f'mdm_train: warning: {path} could not be written ({e}); the training goes on')
@@ -145,7 +147,9 @@ def run_training(
         learn.add_cbs([*output_callbacks(learn, bar=True), stop := Stop(minutes)])
         if tell: print(opening_line(learn, minutes), flush=True)
         barrier()                                                    # everybody has seen what was there
-        if tell and not known: lock.enter_context(only_writer(out))
+        if tell and not known:
+            lock.enter_context(only_writer(out))
+            if earlier_run(out): raise FileExistsError(f'another run has written into {out} meanwhile: give the same command again to go on from there')
         if tell: prepare_folder(out, recipe, checkpoint)
         torch.manual_seed(rank_seed(recipe.train.seed))
         if checkpoint:
@@ -161,7 +165,7 @@ def run_training(
             if stop.reason in ('SIGINT', 'SIGTERM'): sys.exit(128 + (2 if stop.reason == 'SIGINT' else 15))
             return learn
         wanted = {'SIGINT': KeyboardInterrupt, 'SIGTERM': Terminated}.get(stop.reason)
-        if not learn.steps: raise wanted('stopped before the first step was done; nothing was saved')
+        if not learn.steps: raise (wanted or OSError)('stopped before the first step was done; nothing was saved')
         if not saved or saved.name != f'step_{learn.steps:08d}':
             raise OSError(f"the checkpoint of step {learn.steps:,} could not be saved. {f'The last good one is {saved}' if saved else 'There is none'}: make room, and run the same command again to go on")
         line = closing_line(learn, learn.seconds, learn.steps - before)

@@ -28,7 +28,7 @@ from .datasets import attributes, judge_all, parse_caption
 from .diffusion import Diffusion, pixels_to_signal, pyramid
 from .pipeline import MDMPipeline, to_pil
 from .sampler import PictureNoise, SampleConfig
-from .storage import redact
+from .storage import list_files, redact
 
 # %% ../nbs/22_evaluate.ipynb #ba378df7
 def read_captions(
@@ -460,7 +460,7 @@ def evaluate(
     if fid and not data: raise ValueError('FID compares with real pictures: give shards of them as data')
     for what, v, low in (('n', n, 1), ('batch_size', batch_size, 1), ('loss_pictures', loss_pictures, 0), ('levels', levels, 1), ('embed', embed, 0)):
         if v is not None and v < low: raise ValueError(f'{what} is {v}, but must be at least {low}')
-    if levels > (most := pipe.diffusion.config.num_steps): raise ValueError(f'levels is {levels}, but the model has {most} diffusion steps')
+    if data and loss_pictures and levels > (most := pipe.diffusion.config.num_steps): raise ValueError(f'levels is {levels}, but the model has {most} diffusion steps')
     extractor, judge = fid and load_extractor(fid, device), clip and load_clip(clip, device)     # what is missing is missed before hours of sampling
     captions = list(captions or chain.from_iterable(o[2] for o in read_pictures(data, size, batch_size, n)))[:n]
     if fid and len(captions) < 20: raise ValueError(f'FID needs at least 20 drawn pictures, and thousands to mean something; there are {len(captions)} captions')
@@ -480,10 +480,11 @@ def evaluate(
     if fid: scores['fid'] = fid_score(real['features'], drawn['features'])
     loss = losses and summarise_losses(losses['loss'], pipe) | dict(pictures=_digest(losses['caption'].tolist()))
     if loss: scores |= {f'loss.{r}': score(losses['loss'][:, :, k].mean(1), 'low') for k, r in enumerate(loss['resolutions'])}
-    results = with_earlier(folder, dict(format=1, name=name or folder.name, settings=settings, data=data and list(map(redact, data)), judges={k: dict(source=str(v), weights=fingerprint(m)) for k, v, m in (('fid', fid, extractor), ('clip', clip, judge and judge[0])) if v},
+    results = with_earlier(folder, dict(format=1, name=name or folder.name, settings=settings, data=data and list(map(redact, data)), files=data and _digest(*((os.path.basename(o.path), o.size) for o in list_files(data))), judges={k: dict(source=str(v), weights=fingerprint(m)) for k, v, m in (('fid', fid, extractor), ('clip', clip, judge and judge[0])) if v},
                    warnings=[o['warning'] for o in scores.values() if o.get('warning')], scores=scores, loss=loss, captions=captions, found=found))
     _put(folder/'results.json', json.dumps(results, indent=1).encode())
-    if loss: _put(folder/'loss.png', _figure({results['name']: loss}))
+    if results['loss']: _put(folder/'loss.png', _figure({results['name']: results['loss']}))
+    else: (folder/'loss.png').unlink(missing_ok=True)
     write_gallery(folder/'gallery.html', [(folder, results)], embed=embed)
     shutil.rmtree(folder/'parts', ignore_errors=True)
     for p in folder.rglob('.*.new'): p.unlink(missing_ok=True)           # of processes that were killed
@@ -496,12 +497,13 @@ def with_earlier(
     "What was measured stays, unless it was measured against other real pictures."
     try: old = _read_json(Path(folder)/'results.json')
     except (OSError, ValueError): return results
-    if any(old.get(k) != results[k] for k in ('format', 'settings', 'captions')): return results
-    alike = not (old['data'] and results['data']) or old['data'] == results['data']
+    if not isinstance(old, dict) or any(old.get(k) != results[k] for k in ('format', 'settings', 'captions')): return results
+    alike = not (old['data'] and results['data']) or old.get('files') == results['files']
     kept = {k: o for k, o in old['scores'].items() if k not in results['scores'] and (alike or k == 'clip') and not (k[:4] == 'loss' and results['loss'])}
     kinds = 'accuracy', 'clip', 'fid', 'loss'
     scores = dict(sorted({**kept, **results['scores']}.items(), key=lambda o: kinds.index(o[0].partition('.')[0])))
-    return results | dict(data=results['data'] or (old['data'] if kept.keys() - {'clip'} else None), scores=scores, judges={**{k: o for k, o in old['judges'].items() if k in kept}, **results['judges']},
+    of_old = not results['data'] and kept.keys() - {'clip'}
+    return results | dict(**{k: old.get(k) if of_old else results[k] for k in ('data', 'files')}, scores=scores, judges={**{k: o for k, o in old['judges'].items() if k in kept}, **results['judges']},
                           loss=results['loss'] or (old['loss'] if any(k[:4] == 'loss' for k in kept) else None), warnings=[o['warning'] for o in scores.values() if o.get('warning')])
 
 def _clip_part(judge, batches, captions, device):

@@ -197,7 +197,7 @@ class Stop(Callback):
     order = 101
     def __init__(self,
         minutes:float|None=None, # how long the training may take; None: any time
-    ): self.reason, self.end, self.pid = None, None if minutes is None else time.monotonic() + 60*minutes, os.getpid()
+    ): self.reason, self.end, self.pid, self.fitting = None, None if minutes is None else time.monotonic() + 60*minutes, os.getpid(), False
 
     @contextmanager
     def signals(self): # a context in which Ctrl-C and SIGTERM are heeded
@@ -218,9 +218,11 @@ class Stop(Callback):
         if number == signal.SIGINT: signal.signal(number, signal.SIG_DFL)
         if is_main(): os.write(2, b'\nstopping after this step, with a checkpoint; ' + (b'Ctrl-C once more ends at once, without one\n' if number == signal.SIGINT else b'this may take a moment\n'))
 
+    def before_fit(self): self.fitting = True
+    def after_fit(self): self.fitting = False
     def after_batch(self):
         if getattr(getattr(self.learn, 'accumulate', None), 'count', 0): return            # in the middle of a step
-        if not self.training and rank_and_world()[1] > 1: return                           # a validation of several processes is finished: they need not have equally many batches
+        if not self.training and (not self.fitting or rank_and_world()[1] > 1): return     # a validation of several processes is finished: they need not have equally many batches
         if self.end and not self.reason and time.monotonic() > self.end: self.reason = 'time'
         if not any_true(self.reason is not None): return
         self.reason = next(o for o in gather_objects(self.reason) if o)

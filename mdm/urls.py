@@ -95,7 +95,7 @@ class BoundedAnswers(urllib.request.BaseHandler):
         answer, # what came
     ): # the same answer with another `read`
         "Set the bounds."
-        if self.seconds < 0: return answer
+        if self.seconds < 0: self.http_request(request); return answer
         end, piece = time.monotonic() + self.seconds, answer.read1
         def read(amount=None):
             data = bytearray()
@@ -194,12 +194,12 @@ def url_sample(
 
 def check_network(
     done:list, # of a chunk: (number of the line, address, sample or `Skip`)
-    least:int=10, # servers that must have failed
+    least:int=10, # owners of servers that must have failed (the last two parts of a server's name)
 ):
     "Raises `ConnectionError` when none of so many servers answered: that is hardly their fault."
-    servers = {u.strip().split('/')[2] for _,u,_ in done if ADDRESS.match(u.strip())}
+    servers = {'.'.join(u.strip().split('/')[2].split(':')[0].split('.')[-2:]) for _,u,_ in done if ADDRESS.match(u.strip())}
     if len(servers) < least or not all(isinstance(o, Skip) and str(o) in (SLOW, NOT_FOUND, REFUSED, UNREACHABLE, NO_ADDRESS) for *_,o in done): return
-    raise ConnectionError(f'none of the {len(servers)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered ({done[-1][2]}): see to the network, then the same command goes on from here')
+    raise ConnectionError(f'none of the {len(servers)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered ({next(o for *_,o in done if str(o) != NO_ADDRESS)}): see to the network, then the same command goes on from here. If these servers are all gone for good, --no-network-check leaves their pictures out')
 
 def write_urls(
     index:str|Path, # the list: .tsv, .csv or .parquet
@@ -215,6 +215,7 @@ def write_urls(
     max_bytes:float=5e8, # a shard is full when it is this large
     name:str='pictures', # the shards are called NAME-000000.tar and on
     chunk:int=250, # lines of the list to fetch in one go
+    network_check:bool=True, # stop when none of many servers answers, see `check_network`
     command:str='', # what to write into the manifest
     bar:bool=False, # show a progress bar
 )->dict: # the manifest
@@ -233,7 +234,7 @@ def write_urls(
             data = fetch_chunk([r for _,r in part], max(1, threads//ahead), timeout, retries)
             return [(n, u, attempt(url_sample, n, u, c, d, resize)) for (n,(u,c)),d in zip(part,data)]
         for done in ordered_map(work, iter(lambda: list(islice(rows, chunk)), []), ahead):
-            check_network(done)
+            if network_check: check_network(done)
             for n,u,o in done: w.add(n, o, u)
             progress.update(len(done)); progress.set_postfix(failed=sum(w.skipped.values()), refresh=False)
     return refuse_empty(w.manifest, index)

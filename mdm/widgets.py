@@ -653,10 +653,10 @@ class SamplerWidget(W.VBox):
                 self.progress.max, self.progress.value = total, done
                 self._say(f'Step {done} of {total}, t = {step.t}. {run.seconds:.1f} s, {run.seconds/done:.2f} s per step, about {run.seconds/done*(total - done):.0f} s to go.')
                 if self.live.value: self._follow()
-            run.stopped = not all(o.done for o in run.sides)
+            run.stopped, total = not all(o.done for o in run.sides), sum(o.total for o in run.sides)
             run.sides = [o for o in run.sides if o.final]    # one may not have begun
             if done: self._finish(run)
-            self._say(f"{'Stopped at' if run.stopped else 'Done:'} step {done} of {sum(o.total for o in run.sides)}, {run.seconds:.1f} s.")
+            self._say(f"{'Stopped at' if run.stopped else 'Done:'} step {done} of {total}, {run.seconds:.1f} s.")
         except Exception as e: self._fail(e); self._say('')
         finally:
             self.busy, self.run_button.disabled, self.stop_button.disabled, self.progress.layout.display = False, False, True, 'none'

@@ -84,6 +84,10 @@ def test_a_folder_with_the_name_of_a_bundled_model(recipe, state, tmp_path, monk
     Path('shapes').mkdir(); Path('shapes/shapes-000000.tar').write_bytes(b'')
     assert find_checkpoint('shapes').parent == bundled
     with pytest.raises(FileNotFoundError, match='no complete checkpoint'): find_checkpoint(tmp_path/'shapes')
+    for o in ('.', '..'):
+        with pytest.raises(FileNotFoundError, match='no complete checkpoint'): find_checkpoint(o)
+    Path('shapes/recipe.yaml').write_text('')                         # of a training before its first save
+    with pytest.raises(FileNotFoundError, match='no complete checkpoint'): find_checkpoint('shapes')
     save_checkpoint('shapes/s1', recipe, state, None, 1)
     assert find_checkpoint('shapes') == Path('shapes/s1')
 

@@ -14,6 +14,7 @@ from mdm.diffusion import Diffusion
 from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
 from mdm.sampler import SampleConfig
+from mdm.shards import only_writer
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
@@ -373,11 +374,12 @@ def test_demo(tmp_path, call):
 def test_demo_leaves_others_alone(tmp_path, refused):
     (tmp_path/'samples').mkdir(); (tmp_path/'samples'/'photo.jpg').write_text('mine')
     assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path, *tiny)
+    with only_writer(tmp_path/'busy'): assert 'another run is writing' in refused(mdm_demo, '--output', tmp_path/'busy', *tiny)
     assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path/'samples'/'photo.jpg', *tiny)
     assert (tmp_path/'samples'/'photo.jpg').read_text() == 'mine' and not (tmp_path/'run').exists()
 
 def test_demo_mistakes(tmp_path, refused):
-    assert 'train.steps: found 0' in refused(mdm_demo, '--output', tmp_path/'demo', '--steps', 0)
+    assert '--steps: 0 is below 1' in refused(mdm_demo, '--output', tmp_path/'demo', '--steps', 0)
     assert 'did you mean train.lr' in refused(mdm_demo, '--output', tmp_path/'demo', 'train.lrs=1')
     assert not (tmp_path/'demo').exists()
 

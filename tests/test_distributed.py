@@ -161,12 +161,14 @@ def test_a_signal_to_the_launcher_saves(shards, tmp_path, number):
     with open(tmp_path/'log', 'w') as said:
         p = subprocess.Popen([str(o) for o in command], stdout=said, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', CUDA_VISIBLE_DEVICES=''),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        deadline = time.monotonic() + 120
-        while not ((out/'log.csv').exists() and len(losses(out)) >= 3):
-            assert time.monotonic() < deadline and p.poll() is None, (tmp_path/'log').read_text()[-3000:]
-            time.sleep(.01)
-        p.send_signal(number)
-        assert p.wait(60) != 0
+        try:
+            deadline = time.monotonic() + 120
+            while not ((out/'log.csv').exists() and len(losses(out)) >= 3):
+                assert time.monotonic() < deadline and p.poll() is None, (tmp_path/'log').read_text()[-3000:]
+                time.sleep(.01)
+            p.send_signal(number)
+            assert p.wait(60) != 0
+        finally: p.poll() is None and p.terminate()
     assert [o.name for o in out.glob('step_*')] == [f'step_{max(losses(out)):08d}'], (tmp_path/'log').read_text()[-3000:]
 
 @pytest.mark.gpu

@@ -1,5 +1,5 @@
 "The site: the preview that `make docs` makes without Quarto, and what nbdev asks of the notebooks to make the real one."
-import ast, json, re, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from collections import defaultdict
 from html.parser import HTMLParser
 from posixpath import dirname, join, normpath
@@ -101,8 +101,9 @@ for path in sys.argv[1:]:            # a process of its own for each, as nothing
     p = multiprocessing.get_context('fork').Process(target=one, args=(path,)); p.start(); p.join()
 '''
 
-def test_nbdev_can_process_every_notebook():
+def test_nbdev_can_process_every_notebook(tmp_path):
     "What `nbdev_docs` does before it calls Quarto: run imports and exported cells, and ask for the documentation."
-    done = subprocess.run([sys.executable, '-c', process, *map(str, notebooks)], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', process, *map(str, notebooks)], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(root)})
     assert done.returncode == 0, done.stderr
-    report(done.stdout.splitlines(), 'nbdev runs every cell with an import when it makes the site, so imports stand in cells of their own')
+    rule = 'nbdev runs every cell with an import when it makes the site, so imports stand in cells of their own'
+    report(done.stdout.splitlines(), rule); report([p.name for p in tmp_path.iterdir()], f'{rule}, and write nothing')

@@ -1,5 +1,5 @@
 "Judges: figures against formulas written out, runs that are interrupted or shared, and pages in a real browser."
-import argparse, csv, json, os, pickle, shutil, signal, subprocess, sys, time
+import argparse, csv, json, os, pickle, shutil, signal, subprocess, sys, tarfile, time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from mdm.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
 from mdm.sampler import SampleConfig
+from mdm.shards import add_sample
 
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 sample.steps=2 sample.guidance=2'''.split()
 captions = shapes_captions(10)
@@ -324,8 +325,19 @@ def test_earlier_scores_stay(pipe, shards, net, clip, tmp_path):
     found = alone(data=shards, loss_pictures=3)
     assert list(found['scores']) == list(together['scores']) and found['judges'] == together['judges'] and found['data'] == together['data'] and found['loss'] == together['loss']
     assert found['scores'] == together['scores'] == read_results(tmp_path/'a')[1]['scores'] == alone()['scores']
-    other = alone(data=shards[:1] if len(shards) > 1 else [*shards, *shards], loss_pictures=0)
-    assert 'clip' in other['scores'] and not other['loss'] and not [k for k in other['scores'] if k.startswith('loss')]
+    assert (tmp_path/'a'/'loss.png').exists()
+    here = [shutil.copy(o, tmp_path) for o in shards]
+    assert alone(data=here)['loss'] == together['loss']                                  # the same pictures in another place
+    with tarfile.open(here[0], 'a') as t: add_sample(t, {'__key__': 'more', 'txt': b'a cat '*4000})
+    other = alone(data=here)
+    assert 'clip' in other['scores'] and not other['loss'] and not [k for k in other['scores'] if k.startswith('loss')] and not (tmp_path/'a'/'loss.png').exists()
+
+def test_fid_stays(pipe, shards, net, tmp_path):
+    first = evaluate(pipe, tmp_path/'a', captions*2, shards, fid=net, loss_pictures=0)
+    later = evaluate(pipe, tmp_path/'a', captions*2, shards, loss_pictures=3)
+    assert later['scores']['fid'] == first['scores']['fid'] and later['judges'] == first['judges'] and later['warnings'] == first['warnings'] and later['loss']
+    (tmp_path/'a'/'results.json').write_text('[]')
+    assert 'fid' not in evaluate(pipe, tmp_path/'a', captions*2, shards, loss_pictures=3)['scores']
 
 def test_damaged_results_and_pictures(pipe, tmp_path):
     evaluate(pipe, tmp_path/'a', captions[:2])

@@ -126,7 +126,7 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 def test_a_gpu_goes_on(data, tmp_path):
-    "With bfloat16 and fused AdamW: stopped after six steps and resumed, the losses are those of the uninterrupted run."
+    "With bfloat16 and fused AdamW: stopped after its first step and resumed, the losses are those of the uninterrupted run."
     half = [o for o in adamw if o != 'train.bf16=false']
     for out, more in (('whole', ()), ('parts', ('--minutes', 1e-6)), ('parts', ())): assert mdm_train(list(map(str, command(half, tmp_path/out, data, *more)))) == 0
     assert [float(r['loss']) for r in log(tmp_path/'parts')] == pytest.approx([float(r['loss']) for r in log(tmp_path/'whole')], rel=1e-2)
@@ -136,7 +136,7 @@ def test_a_gpu_goes_on(data, tmp_path):
 def test_one_training_at_a_time(data, workers_run, tmp_path):
     "A second one in the same folder is refused, and the first does not notice; killed, it holds nothing back, though its readers may live a little longer."
     out, said, second = tmp_path/'run', tmp_path/'log.txt', tmp_path/'second.txt'
-    p = train_child.start(command(workers, out, data), said, slow_after=6, nap=3)
+    p = train_child.start(command(workers, out, data), said, slow_after=6, nap=60)
     alive(p, said, 'slow now')
     for more in ((), ('--overwrite',)):
         assert train_child.finish(train_child.start(command(workers, out, data, *more), second)) == 2
@@ -148,13 +148,13 @@ def test_one_training_at_a_time(data, workers_run, tmp_path):
 def test_validation(data, adamw_run, tmp_path):
     "Losses are said and written down; a signal in the middle of one is heeded at once; neither changes the training."
     out, said, valid = tmp_path/'run', tmp_path/'log.txt', tmp_path/'run'/'valid.csv'
-    p = train_child.start(command(adamw, out, data, '--valid', data[0]), said, slow_valid=5)
+    p = train_child.start(command(adamw, out, data, '--valid', data[0], 'train.save_every=1000'), said, slow_valid=10)
     alive(p, said, 'slow validation')
     os.kill(p.pid, signal.SIGTERM)
     start = time.monotonic()
     assert train_child.finish(p, 60) == 143 and time.monotonic() - start < 30, said.read_text()        # the whole validation would take longer
     assert steps(out) == ['step_00000005'] and not valid.exists()
-    assert train_child.finish(train_child.start(command(adamw, out, data, '--valid', data[0]), said)) == 0
+    assert train_child.finish(train_child.start(command(adamw, out, data, '--valid', data[0], 'train.save_every=1000'), said)) == 0
     assert_same(adamw_run, out)
     rows = list(csv.DictReader(valid.open()))
     assert [r['step'] for r in rows] == ['10'] and all(0 < float(r['valid_loss']) < 10 for r in rows) and 'step 10: validation loss' in said.read_text()
@@ -240,10 +240,22 @@ def test_killed_before_the_first_save(data, tmp_path, capsys):
     assert call(capsys, *command(adamw, out, data, 'train.steps=2', 'train.log_every=1'))[0] == 0
     assert [o['step'] for o in log(out)] == ['1', '2']
 
+def test_another_training_in_between(data, tmp_path, monkeypatch):
+    "Nobody was there when this one looked, and somebody is when it wants to write."
+    import mdm.data
+    out, real = tmp_path/'run', mdm.data.create_dls
+    def slow(*args, **kwargs): (out/'step_00000004').mkdir(parents=True); return real(*args, **kwargs)
+    monkeypatch.setattr(mdm.data, 'create_dls', slow)
+    assert mdm_train(list(map(str, command(adamw, out, data)))) == 2 and (out/'step_00000004').is_dir()
+
 def test_what_is_not_ours_is_left_alone(data, tmp_path, capsys):
     out = tmp_path/'run'; (out/'step_00000009').mkdir(parents=True); (out/'step_00000009'/'mine.txt').write_text('mine')
     code, _, err = call(capsys, *command(adamw, out, data))
     assert code == 2 and (out/'step_00000009'/'mine.txt').read_text() == 'mine'
+    for name in ('log.csv', 'valid.csv'):
+        out = tmp_path/name.split('.')[0]; out.mkdir(); (out/name).write_bytes(b'file,caption\nmine.jpg,caf\xe9\n')
+        code, _, err = call(capsys, *command(adamw, out, data))
+        assert code == 2 and name in err and b'mine.jpg' in (out/name).read_bytes()
 
 def test_weights_alone_do_not_train_on(data, tmp_path, capsys):
     from mdm.checkpoint import save_checkpoint
