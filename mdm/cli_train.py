@@ -159,6 +159,9 @@ def run_training(
         with stop.signals(), learn.no_bar(), learn.no_logging():
             if valid and tell: learn.logger = partial(log_validation, learn)
             learn.fit_steps()
+            if valid and not stop.reason:                            # of the model as it was saved: it mostly ends within an epoch
+                learn.validate()
+                if tell: log_validation(learn, [None, None, float(learn.recorder.loss.value)])
         learn.seconds, saved = time.perf_counter() - start, learn.checkpoints.saved
         barrier()
         if not tell:
@@ -311,7 +314,7 @@ def mdm_train(
         "accelerate launch -m mdm.cli_train my_recipe.yaml data.files='[a.tar, b.tar]' train.steps=2000")
     parser.add_argument('rest', metavar='RECIPE key=value', nargs='*', help='name of a preset, or a YAML file; then changes to it by dotted names, e.g. train.batch_size=8')
     parser.add_argument('--data', metavar='FILE', nargs='+', action='extend', default=[], help='shards to train on, short for data.files: tar files or index TSVs, with braces and wildcards')
-    parser.add_argument('--valid', metavar='FILE', nargs='+', action='extend', default=[], help='shards for a validation loss after every epoch (none)')
+    parser.add_argument('--valid', metavar='FILE', nargs='+', action='extend', default=[], help='shards for a validation loss after every epoch, and at the end (none)')
     parser.add_argument('--output', metavar='FOLDER', help="short for train.output (the recipe's, mostly runs/NAME); with --stages, the folder for their folders")
     parser.add_argument('--minutes', metavar='M', type=float, help='stop after M minutes, if the steps of the recipe are not done by then')
     parser.add_argument('--resume', action='store_true', help='insist on going on with an earlier part of this training; with --output, RECIPE may be left out')

@@ -301,6 +301,11 @@ def test_dry_run(capsys, tmp_path, monkeypatch, data):
     assert list(tmp_path.iterdir()) == []                                       # nothing was written
     assert call(capsys, 'shapes', '--dry-run-steps', 0)[0] == 2
 
+def test_the_benchmark_reads_what_the_command_says():
+    from bench.big_models import measure
+    seconds, memory = measure('shapes', True, True, 2)
+    assert 0 < seconds < 100 and .1 < memory < 10
+
 def test_encoder_width(tmp_path):
     assert [encoder_width(TextConfig(encoder=o)) for o in ('google/flan-t5-xl', 'google/t5-v1_1-xxl', 't5-small', 'google/flan-t5-base')] == [2048, 4096, 512, 768]
     assert encoder_width(TextConfig(dim=24)) == 24
