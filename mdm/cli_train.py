@@ -11,7 +11,6 @@ __all__ = ['earlier_run', 'remove_earlier_run', 'resume_point', 'remove_unfinish
 import argparse, csv, os, re, shlex, shutil, sys, time, warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from .command import *
 
@@ -51,7 +50,9 @@ def resume_point(
 def remove_unfinished(
     folder:Path, # output folder of a training
 ):
-    "Remove what a crash interrupted: checkpoints that were being written or removed."
+    "Remove what a crash interrupted: checkpoints and files that were being written or removed."
+    for path in folder.glob('.*.part'):
+        if path.name.startswith(('.recipe.yaml.', '.log.csv.', '.valid.csv.')): path.unlink()
     for path in folder.glob('.step_*'):
         if path.suffix in ('.new', '.gone'): shutil.rmtree(path)
 
@@ -101,16 +102,16 @@ def closing_line(
 # %% ../nbs/26_cli_train.ipynb #94b158d0
 def log_validation(
     learn, # in training
-    row:list, # of fastai's recorder
+    loss:float, # over all validation pictures
 ):
     "Say the validation loss, and write it into valid.csv."
     from mdm.resume import cut_log
-    say(f'step {learn.steps:,}: validation loss {row[2]:.4f}')
+    say(f'step {learn.steps:,}: validation loss {loss:.4f}')
     path = Path(learn.recipe.train.output)/'valid.csv'
     try:
         cut_log(path, learn.steps - 1)       # of a validation before a crash
         new = not path.exists()
-        with path.open('a') as f: f.write('step,valid_loss\n'*new + f'{learn.steps},{row[2]:.6g}\n')
+        with path.open('a') as f: f.write('step,valid_loss\n'*new + f'{learn.steps},{loss:.6g}\n')
     except OSError as e: say(f'mdm_train: warning: {path} could not be written ({e}); the training goes on')
 
 class Terminated(KeyboardInterrupt):
@@ -157,11 +158,11 @@ def run_training(
             if tell: print(f'going on from {checkpoint.folder}', flush=True)
         before, start = learn.steps, time.perf_counter()
         with stop.signals(), learn.no_bar(), learn.no_logging():
-            if valid and tell: learn.logger = partial(log_validation, learn)
+            if valid and tell: learn.logger = lambda row: log_validation(learn, row[2])
             learn.fit_steps()
             if valid and not stop.reason:                            # of the model as it was saved: it mostly ends within an epoch
                 learn.validate()
-                if tell: log_validation(learn, [None, None, float(learn.recorder.loss.value)])
+                if tell: log_validation(learn, float(learn.recorder.loss.value))
         learn.seconds, saved = time.perf_counter() - start, learn.checkpoints.saved
         barrier()
         if not tell:

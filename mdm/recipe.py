@@ -9,7 +9,7 @@ __all__ = ['Fraction', 'sections', 'TrainConfig', 'Recipe', 'RecipeError', 'vali
            'read_source', 'apply_overrides', 'load_recipe']
 
 # %% ../nbs/14_recipe.ipynb #1b0b7ad6
-import json, os, re, warnings
+import json, re, warnings
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -27,6 +27,7 @@ from .diffusion import DiffusionConfig
 from .sampler import SampleConfig
 from .text import TextConfig
 from .data import DataConfig
+from .shards import whole_file
 
 # %% ../nbs/14_recipe.ipynb #59776930
 Fraction = Annotated[float, Field(ge=0, lt=1)]   # 0 <= x < 1
@@ -301,10 +302,8 @@ def save_recipe(
     "Write a recipe as YAML."
     literal = lambda v: {k: literal(o) for k, o in v.items()} if isinstance(v, dict) else [literal(o) for o in v] if isinstance(v, list) \
         else v.replace('${', r'\${') if isinstance(v, str) else v      # a prompt may hold what would be read as a reference
-    path = Path(path); new = path.with_name(f'.{path.name}.new')
-    new.write_text(yaml.dump(literal(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120), encoding='utf-8')
-    os.replace(new, path)      # an earlier one stays until this one is whole
-    return path
+    with whole_file(path) as f: f.write(yaml.dump(literal(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).encode())      # an earlier one stays until this one is whole
+    return Path(path)
 
 # %% ../nbs/14_recipe.ipynb #6705c0df
 _same, _not = (lambda v: v), (lambda v: not _flag(v))

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoi
 from .data import rank_and_world
 from .distributed import any_true, full_model_state, full_optimizer_state, gather_objects, is_main, load_optimizer_state, rank_seed
 from .recipe import Recipe, recipe_dict
+from .shards import whole_file
 
 # %% ../nbs/20_resume.ipynb #a4ac22b7
 def pack(
@@ -188,8 +189,7 @@ def cut_log(
     head, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
     def stays(line): first, *rest = line.split(','); return line[-1] == '\n' and len(rest) == head.count(',') and first.isdigit() and int(first) <= step
     if head[-1:] != '\n': path.unlink(); return
-    new = path.with_name(f'.{path.name}.new')
-    new.write_text(head + ''.join(filter(stays, lines)), encoding='utf-8'); os.replace(new, path)
+    with whole_file(path) as f: f.write((head + ''.join(filter(stays, lines))).encode())
 
 # %% ../nbs/20_resume.ipynb #ee375a23
 class Stop(Callback):

@@ -1,5 +1,5 @@
 "The edges of `mdm.recipe` that a reader of its notebook need not see."
-import json, warnings
+import json, os, warnings
 from dataclasses import fields
 from pathlib import Path
 import pytest, torch, yaml
@@ -43,10 +43,10 @@ def test_writing_a_recipe_leaves_the_earlier_one_until_it_is_whole(tmp_path, mon
     recipe, path = load_recipe('shapes'), tmp_path/'r.yaml'
     save_recipe(recipe, path); before = path.read_bytes()
     with monkeypatch.context() as m:
-        def full(self, text, **kwargs): self.write_bytes(text.encode()[:600]); raise OSError(28, 'No space left on device')
-        m.setattr(Path, 'write_text', full)
+        def full(*args): raise OSError(28, 'No space left on device')
+        m.setattr(os, 'fsync', full)
         with pytest.raises(OSError, match='No space'): save_recipe(recipe, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 def test_preset_sizes():
     def scales_and_size(n): return model_scales((r := load_recipe(n)).model), r.data.image_size

@@ -208,6 +208,7 @@ def call(capsys, *args):
 def test_finished(data, adamw_run, capsys):
     before = {p: p.stat().st_mtime_ns for p in adamw_run.rglob('*')}
     (adamw_run/'.step_00000009.gone').mkdir()                # a kill while the last save was clearing up
+    (adamw_run/'.log.csv.7.part').write_text('step')
     for more in ([], ['--resume'], ['train.log_every=7', 'sample.guidance=9', 'train.keep=9']):
         code, out, err = call(capsys, *command(adamw, adamw_run, data, *more))
         assert code == 0 and 'is finished, with 12 steps' in out and not err
