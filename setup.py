@@ -15,7 +15,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type='text/markdown',
-    packages=find_packages(include=['mdm', 'mdm.*']), package_data={'mdm': ['presets/*.yaml', 'models/*/*']},
+    packages=find_packages(include=['mdm', 'mdm.*']), package_data={'mdm': ['presets/*.yaml', 'bundled/*/*', '*/*.css', '*/*.html', '*/*.jinja']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={**extras, 'dev': sum(extras.values(), [])},

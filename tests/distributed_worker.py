@@ -5,12 +5,12 @@ import torch
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Callback, Learner
-from mdm.callbacks import DiffusionLoss, MovingAverage, SkipNonFinite
-from mdm.diffusion import Diffusion
-from mdm.data import rank_and_world
-from mdm.distributed import *
-from mdm.nested_unet import create_model
-from mdm.optimizers import optimizer_of
+from mdm.training.callbacks import DiffusionLoss, MovingAverage, SkipNonFinite
+from mdm.diffusion.objective import Diffusion
+from mdm.utils.ranks import rank_and_world
+from mdm.training.distributed import *
+from mdm.models.nested_unet import create_model
+from mdm.training.optimizers import optimizer_of
 from mdm.recipe import load_recipe
 
 tiny = ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,16]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.inner.num_heads=2',
@@ -88,7 +88,7 @@ def free_port():
 
 def start(task, *args, log, world=2, gpus=False):
     "Start `task(*args)` in several processes as a launcher would; what each prints goes to `log`.RANK."
-    servers.set_forkserver_preload(['mdm.cli_train', 'mdm.learner', 'mdm.command', 'mdm.datasets', 'train_child', 'distributed_worker'])
+    servers.set_forkserver_preload(['mdm.cli.train', 'mdm.training.learner', 'mdm.cli.command', 'mdm.data.shapes', 'train_child', 'distributed_worker'])
     os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1')
     port, processes = free_port(), []
     for r in range(world):
@@ -150,5 +150,5 @@ def different_weights(rank, world):
     else: raise AssertionError('not noticed')
 
 def mdm_train_here(argv):
-    from mdm.cli_train import mdm_train
+    from mdm.cli.train import mdm_train
     return mdm_train(argv)

@@ -4,7 +4,7 @@ from io import BytesIO
 from pathlib import Path
 import pytest
 from PIL import Image
-from mdm.cli_app import free_port, is_local, mdm_app, named_checkpoints, write_page
+from mdm.cli.app import free_port, is_local, mdm_app, named_checkpoints, write_page
 
 evil = '<script>document.title="owned"</script><img src=x onerror="document.title=1">a red circle'
 ready = 90_000   # ms: the page starts a Python process that loads PyTorch
@@ -12,7 +12,7 @@ ready = 90_000   # ms: the page starts a Python process that loads PyTorch
 class Server:
     def __init__(self, folder, *args):
         self.port, self.log = free_port('127.0.0.1', 0), folder/'log.txt'
-        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'import sys; sys.path.pop(0); from mdm.cli_app import mdm_app; sys.exit(mdm_app(sys.argv[1:]))', *args, '--port', str(self.port)],
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'import sys; sys.path.pop(0); from mdm.cli.app import mdm_app; sys.exit(mdm_app(sys.argv[1:]))', *args, '--port', str(self.port)],
             stdout=self.log.open('w'), stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'TMPDIR': str(folder)},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a job in the background (nohup make test &) would hand on that Ctrl-C is ignored
         self.url, start = f'http://127.0.0.1:{self.port}/', time.time()

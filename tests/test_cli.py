@@ -5,16 +5,16 @@ from typing import get_args
 import numpy as np, pytest, torch
 from PIL import Image
 import mdm.all
-from mdm import cli_dataset, cli_sample, cli_train, command
+from mdm.cli import dataset as cli_dataset, sample as cli_sample, train as cli_train, command
 from mdm.checkpoint import load_checkpoint
-from mdm.cli_dataset import mdm_dataset
-from mdm.cli_sample import mdm_convert, mdm_demo, mdm_sample
-from mdm.cli_train import mdm_train
-from mdm.diffusion import Diffusion
-from mdm.datasets import parse_caption, held_out, shapes_captions, write_shapes
+from mdm.cli.dataset import mdm_dataset
+from mdm.cli.sample import mdm_convert, mdm_demo, mdm_sample
+from mdm.cli.train import mdm_train
+from mdm.diffusion.objective import Diffusion
+from mdm.data.shapes import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
-from mdm.sampler import SampleConfig
-from mdm.shards import only_writer
+from mdm.diffusion.sampler import SampleConfig
+from mdm.utils.files import only_writer
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
@@ -81,7 +81,7 @@ def test_help_as_a_program_is_light():
     done = subprocess.run([script, '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith('usage: mdm_train') and not done.stderr
     assert all(k in done.stdout for k in ('shapes', 'pictures_64', 'cc12m_64x64', '--minutes', 'key=value'))
-    code = "import sys; from mdm.cli_sample import *; from mdm.cli_train import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mdm.cli.sample import *; from mdm.cli.train import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
 def test_a_mistake_as_a_program(tmp_path):
@@ -138,10 +138,10 @@ def test_minutes(data, tmp_path, call):
     assert (tmp_path/'run'/'log.csv').read_text().splitlines()[-1].startswith('1,')
 
 def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call):
-    class PressCtrlC(mdm.resume.Stop):
+    class PressCtrlC(mdm.training.resume.Stop):
         def before_batch(self):
             if self.learn.steps == 2: os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(mdm.resume, 'Stop', PressCtrlC)
+    monkeypatch.setattr(mdm.training.resume, 'Stop', PressCtrlC)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')
     assert code == 130 and len(out.splitlines()) == 1 and before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

@@ -4,11 +4,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
 from PIL import Image
-from mdm import shards
-from mdm.cli_dataset import mdm_dataset
-from mdm.data import BAD_PICTURE, NO_CAPTION
-from mdm.datasets import held_out, parse_caption, shapes_captions, write_shapes
-from mdm.shards import find_tars, load_manifest, read_samples
+from mdm.data.loader import shards
+from mdm.cli.dataset import mdm_dataset
+from mdm.data.loader import BAD_PICTURE, NO_CAPTION
+from mdm.data.shapes import held_out, parse_caption, shapes_captions, write_shapes
+from mdm.data.shards import find_tars, load_manifest, read_samples
 
 @pytest.fixture
 def call(capsys, monkeypatch):
@@ -51,7 +51,7 @@ def test_help(call, kind):
 
 @pytest.mark.parametrize('kind', kinds)
 def test_the_examples_in_the_help_are_understood(kind, monkeypatch, call):
-    import mdm.cli_dataset as C
+    import mdm.cli.dataset as C
     seen = []
     monkeypatch.setattr(C, f'dataset_{kind}', lambda args: seen.append(args))
     examples = re.findall(rf'^  (mdm_dataset {kind} .*)$', call(kind, '--help')[1], re.M)
@@ -59,7 +59,7 @@ def test_the_examples_in_the_help_are_understood(kind, monkeypatch, call):
     assert len(seen) == len(examples) >= 2
 
 def test_help_is_light():
-    code = "import sys; from mdm.cli_dataset import *; mdm_dataset(['folder', '--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mdm.cli.dataset import *; mdm_dataset(['folder', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
 # ---- folder
@@ -130,7 +130,7 @@ def test_shapes(tmp_path, call):
     assert [o['samples'] for o in load_manifest(tmp_path/'d')['shards'].values()] == [4,4,2]
 
 def test_shapes_go_on(tmp_path, call, monkeypatch):
-    from mdm import datasets
+    from mdm.data.shapes import shapes as datasets
     real, drawn = datasets._record, []
     def record(i, *args):
         if len(drawn) == 7: drawn.append(None); raise KeyboardInterrupt()
@@ -171,7 +171,7 @@ def test_split_embed_inspect(tmp_path, call, monkeypatch):
 
 def test_what_the_closing_line_says_works(tmp_path, call, monkeypatch):
     "Train, for two steps, on stored embeddings, as the line after `embed` says"
-    from mdm.cli_train import mdm_train
+    from mdm.cli.train import mdm_train
     monkeypatch.chdir(tmp_path)
     call('shapes', 'shapes', '--n', 16)
     tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32

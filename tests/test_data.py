@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np, psutil, pytest, torch
 from PIL import Image, ImageDraw
-from mdm import data as D
-from mdm.data import (BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, NOT_IN_TAR, DataConfig, PictureStream, create_dls, create_loader,
-                      find_files, find_shards, get_caption, load_picture, locate, show_pictures, shuffled)
+from mdm.data.loader import loader as D
+from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, NOT_IN_TAR, DataConfig, PictureStream, create_dls, create_loader, find_shards, get_caption, load_picture, locate, show_pictures, shuffled
+from mdm.data.files import find_files
 
 
 def encode(img, kind='png', **kw):
@@ -481,7 +481,7 @@ def test_a_fastai_learner_drives_the_loaders(tmp_path, with_valid):
 # --- from afar
 
 from test_storage import bucket, here_only, moto_port, serving, sometimes, web   # noqa: E402 (fixtures)
-from mdm import storage as S
+from mdm.data.loader import files as S
 
 
 def same(x, y): return len(x) == len(y) and all(a[1] == b[1] and torch.equal(a[0], b[0]) and torch.equal(a[2]['scale'], b[2]['scale']) for a, b in zip(x, y))

@@ -1,11 +1,11 @@
-"Edge cases of mdm.datasets that the notebook spares its reader"
+"Edge cases of mdm.data.shapes that the notebook spares its reader"
 import hashlib, io, json, os, random, tarfile
 from collections import Counter
 from itertools import product
 import numpy as np, pytest, torch, webdataset
 from PIL import Image, ImageFilter
-from mdm import datasets as D
-from mdm.datasets import *
+from mdm.data.shapes import shapes as D
+from mdm.data.shapes import *
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():

@@ -3,7 +3,7 @@ import csv, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from distributed_worker import finish, free_port, mdm_train_here, run_call, run_cases, start, train
-from mdm.datasets import write_shapes
+from mdm.data.shapes import write_shapes
 
 cases = dict(
     ddp={}, accumulate=dict(accumulate=2), thaw=dict(thaw=True), unused=dict(unused=True), inner_alone=dict(recipe=['diffusion.double_loss=false']), mixed=dict(recipe=['diffusion.mixed_ratio=[1,1]']),
@@ -157,7 +157,7 @@ def test_slices_train_with_muon(shards, tmp_path):
 def test_a_signal_to_the_launcher_saves(shards, tmp_path, number):
     "What a cluster, or a terminal, does to torchrun: it passes the signal on, and the training saves."
     out = tmp_path/'run'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), '-m', 'mdm.cli_train', *arguments(shards, out, 'train.steps=100000')]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), '-m', 'mdm.cli.train', *arguments(shards, out, 'train.steps=100000')]
     with open(tmp_path/'log', 'w') as said:
         p = subprocess.Popen([str(o) for o in command], stdout=said, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', CUDA_VISIBLE_DEVICES=''),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -1,15 +1,15 @@
-"Edge cases of mdm.embeddings: what is stored, what is refused, and that training does not notice"
+"Edge cases of mdm.data.embeddings: what is stored, what is refused, and that training does not notice"
 import io, json, multiprocessing, os, random, shutil, signal, tarfile, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
-from mdm import embeddings as E
-from mdm.data import DataConfig, EmbeddedCaption, create_loader
-from mdm.datasets import write_shapes
-from mdm.embeddings import *
+from mdm.data.loader import embeddings as E
+from mdm.data.loader import DataConfig, EmbeddedCaption, create_loader
+from mdm.data.shapes import write_shapes
+from mdm.data.embeddings import *
 from mdm.recipe import load_recipe
-from mdm.shards import add_sample, find_tars, load_manifest, read_samples, split_shards
+from mdm.data.shards import add_sample, find_tars, load_manifest, read_samples, split_shards
 from mdm.text import TextConfig, create_text_encoder
 
 small = TextConfig(dim=8)
@@ -220,8 +220,8 @@ def test_wrong_things_are_refused():
 
 def test_the_loader_and_the_losses(plain, tmp_path):
     "Batches of the loader, with and without stored embeddings: the same pictures and captions, and losses equal up to half precision"
-    from mdm.diffusion import Diffusion
-    from mdm.nested_unet import create_model, model_scales
+    from mdm.diffusion.objective import Diffusion
+    from mdm.models.nested_unet import create_model, model_scales
     config = TextConfig(dim=32)
     embed_shards(plain, tmp_path/'e', config)
     tiny = ['text.dim=32', 'model.channels=[8,16]', 'model.inner.channels=[8,16]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.time_dim=32', 'model.inner.time_dim=32', 'model.num_groups=8', 'model.inner.num_groups=8']

@@ -8,16 +8,17 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
-from mdm import cli_evaluate, evaluate as rooms
+from mdm.cli import evaluate as cli_evaluate
+from mdm.evaluation import runs as rooms
 from mdm.checkpoint import save_checkpoint
-from mdm.cli_evaluate import mdm_evaluate
-from mdm.datasets import attributes, caption, all_shapes, draw, parse_caption, prompt_accuracy, shapes_captions, write_shapes
-from mdm.evaluate import *
-from mdm.nested_unet import create_model
+from mdm.cli.evaluate import mdm_evaluate
+from mdm.data.shapes import attributes, caption, all_shapes, draw, parse_caption, prompt_accuracy, shapes_captions, write_shapes
+from mdm.evaluation.runs import *
+from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
-from mdm.sampler import SampleConfig
-from mdm.shards import add_sample
+from mdm.diffusion.sampler import SampleConfig
+from mdm.data.shards import add_sample
 
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 sample.steps=2 sample.guidance=2'''.split()
 captions = shapes_captions(10)
@@ -126,7 +127,7 @@ def test_more_ranks_than_work(pipe, shards, net, tmp_path, monkeypatch):
 def test_killed_processes(checkpoint, pipe, tmp_path):
     "Two processes, both killed at once in the middle, and then started again."
     (tmp_path/'c.txt').write_text('\n'.join(captions*4))
-    command = ['-c', 'import sys; from mdm.cli_evaluate import mdm_evaluate; sys.exit(mdm_evaluate(sys.argv[1:]))', checkpoint, '--captions', str(tmp_path/'c.txt'), '--output', str(tmp_path/'run'), '--batch-size', '2', '--device', 'cpu']
+    command = ['-c', 'import sys; from mdm.cli.evaluate import mdm_evaluate; sys.exit(mdm_evaluate(sys.argv[1:]))', checkpoint, '--captions', str(tmp_path/'c.txt'), '--output', str(tmp_path/'run'), '--batch-size', '2', '--device', 'cpu']
     start = lambda more=[]: [subprocess.Popen([sys.executable, *command, *more], env=os.environ | dict(RANK=str(r), WORLD_SIZE='2'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     both = start()
     while len(list((tmp_path/'run').glob('pictures/0*.png'))) < 4 and all(o.poll() is None for o in both): time.sleep(.01)
@@ -504,6 +505,6 @@ def test_ctrl_c(call, checkpoint, tmp_path, monkeypatch):
     assert code == 130 and 'stopped with 4 pictures' in err and 'goes on from there' in err
 
 def test_help_is_light():
-    code = "import sys; from mdm.cli_evaluate import mdm_evaluate; mdm_evaluate(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mdm.cli.evaluate import mdm_evaluate; mdm_evaluate(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and all(o in done.stdout for o in ('examples:\n  mdm_evaluate', '--compare A B', '--fid FILE')) and 'None' not in done.stdout

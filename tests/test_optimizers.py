@@ -3,8 +3,8 @@ import math
 from typing import get_args, get_type_hints
 import pytest, torch
 from torch import nn
-from mdm.distributed import full_optimizer_state, load_optimizer_state
-from mdm.optimizers import Muon, lr_factor, optimizer_of, orthogonalize
+from mdm.training.distributed import full_optimizer_state, load_optimizer_state
+from mdm.training.optimizers import Muon, lr_factor, optimizer_of, orthogonalize
 from mdm.recipe import TrainConfig, load_recipe
 
 names = get_args(get_type_hints(TrainConfig)['optimizer'])

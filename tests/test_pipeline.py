@@ -3,8 +3,9 @@ import gc, weakref
 import numpy as np, pytest, torch
 from PIL import Image
 from mdm.checkpoint import save_checkpoint
-from mdm.nested_unet import create_model
-from mdm.pipeline import MDMPipeline, from_pil, to_pil
+from mdm.models.nested_unet import create_model
+from mdm.pipeline import MDMPipeline
+from mdm.utils.pictures import from_pil, to_pil
 from mdm.recipe import RecipeError, load_recipe
 from mdm.text import HashEncoder
 

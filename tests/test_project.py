@@ -14,9 +14,10 @@ config = ConfigParser(delimiters=['='], interpolation=None)
 config.read(root/'settings.ini', encoding='utf-8')
 settings = config['DEFAULT']
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(root).parts))
-modules = sorted(p for p in (root/'mdm').glob('*.py') if p.stem[0] != '_')
+modules = sorted(p for p in (root/'mdm').rglob('*.py') if p.stem[0] != '_')
 
 def name(nb): return nb.relative_to(root/'nbs').as_posix()
+def dotted(module): return '.'.join(module.relative_to(root/'mdm').with_suffix('').parts)
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 def report(problems, rule): assert not problems, '\n  '.join([f'{rule}. {len(problems)} found:', *problems])
 def run(*args, cwd=root, env={}):
@@ -39,14 +40,15 @@ def exported(nb):
     return found and found[1]
 
 def imports(tree):
-    "Pairs (top-level package, first module inside it) of all imports; relative ones count as mdm."
+    "Pairs (top-level package, module inside it) of all imports; relative ones count as mdm."
+    known = {dotted(o) for o in modules}
     for o in ast.walk(tree):
         if isinstance(o, ast.Import):
-            for a in o.names: yield (*a.name.split('.'), '')[:2]
+            for a in o.names: yield (*a.name.split('.', 1), '')[:2]
         elif isinstance(o, ast.ImportFrom):
-            parts = ((['mdm'] if o.level else []) + (o.module.split('.') if o.module else []))
-            if parts == ['mdm']: yield from (('mdm', a.name) for a in o.names)
-            else: yield (*parts, '')[:2]
+            package, _, module = ('mdm.' * bool(o.level) + (o.module or '')).rstrip('.').partition('.')
+            inside = [f'{module}.{a.name}'.lstrip('.') for a in o.names]
+            yield from ((package, m) for m in ([m for m in inside if m in known] or [module])) if package == 'mdm' else [(package, module)]
 
 # ---- notebooks and what is made from them
 
@@ -130,9 +132,8 @@ def test_site_lists_every_notebook_in_order():
     flat = lambda items: chain.from_iterable(flat(o['contents']) if 'contents' in o else [(o['href'], o['text'])] for o in items)
     listed = dict(flat(site['website']['sidebar']['contents']))
     assert sorted(listed) == sorted(map(name, notebooks))
-    numbered = [o for o in listed if re.match(r'\d', o)]
+    numbered = [o for o in listed if re.match(r'\d_', o)]
     assert numbered == sorted(numbered)
-    assert all(v.startswith(f'{int(k[:2])}. ') for k, v in listed.items() if k in numbered)
 
 def test_index_lists_every_notebook():
     index = '\n'.join(text(c['source']) for c in cells(root/'nbs'/'index.ipynb'))
@@ -140,15 +141,21 @@ def test_index_lists_every_notebook():
 
 # ---- modules
 
+def test_parts_are_numbered():
+    for part in sorted(o for o in (root/'nbs').iterdir() if o.is_dir() and o.name[0].isdigit()):
+        found = sorted(o.stem for o in part.glob('*.ipynb'))
+        assert [o[:3] for o in found] == [f'{i:02d}_' for i in range(1, len(found) + 1)], f'{part.name} is numbered from 01 on: {found}'
+
 def test_imports_go_down():
-    number = {exported(o): o.stem.split('_')[0] for o in notebooks if exported(o)}
-    problems = [f'mdm/{o.name} has no notebook' for o in modules if o.stem not in number]
+    "A notebook imports from earlier notebooks of its own part and from earlier parts."
+    place = {exported(o): o.relative_to(root/'nbs').with_suffix('').as_posix() for o in notebooks if exported(o)}
+    problems = [f'mdm/{dotted(o)} has no notebook' for o in modules if dotted(o) not in place]
     for nb in notebooks:
-        if not re.match(r'\d\d_', nb.name): continue
+        if not (here := exported(nb)): continue
         inside = {m for tree in sources(nb) for pkg, m in imports(tree) if pkg == 'mdm'}
-        problems += [f'{name(nb)} imports mdm.{m}' for m in sorted(inside & set(number)) if m != exported(nb) and number[m] >= nb.stem.split('_')[0]]
-        problems += [f'{name(nb)} imports mdm.{m}, which is no module' for m in sorted(inside - set(number) - {'', '__version__'})]
-    report(problems, 'A notebook imports only from lower-numbered ones')
+        problems += [f'{name(nb)} imports mdm.{m}' for m in sorted(inside & set(place)) if m != here and place[m] >= place[here]]
+        problems += [f'{name(nb)} imports mdm.{m}, which is no module' for m in sorted(inside - set(place) - {'', '__version__'})]
+    report(problems, 'A notebook imports only from earlier ones')
 
 def test_modules_are_python_310():
     for o in modules: ast.parse(o.read_text(encoding='utf-8'), o.name, feature_version=(3, 10))
@@ -159,7 +166,7 @@ import socket
 def refuse(*args, **kwargs): raise OSError('the network was asked for')
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
 import importlib
-for m in {[o.stem for o in modules]!r}: importlib.import_module('mdm.' + m)
+for m in {[dotted(o) for o in modules]!r}: importlib.import_module('mdm.' + m)
 '''))
 
 def test_import_is_light():
@@ -170,12 +177,12 @@ def test_import_is_light():
 def public():
     "Every public function, class and method as (module.name, object)."
     for path in modules:
-        module = importlib.import_module(f'mdm.{path.stem}')
+        module = importlib.import_module(f'mdm.{dotted(path)}')
         for k in getattr(module, '__all__', []):
             o = getattr(module, k)
             if getattr(o, '__module__', None) != module.__name__ or not (inspect.isfunction(o) or inspect.isclass(o)): continue
-            yield f'{path.stem}.{k}', o
-            if inspect.isclass(o): yield from ((f'{path.stem}.{k}.{m}', f) for m, f in methods(o))
+            yield f'{dotted(path)}.{k}', o
+            if inspect.isclass(o): yield from ((f'{dotted(path)}.{k}.{m}', f) for m, f in methods(o))
 
 def methods(cls):
     "Methods that people call, and those that say how to make and call an object; one that fills in a place of its base class is described there."

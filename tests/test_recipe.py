@@ -3,11 +3,12 @@ import json, os, warnings
 from dataclasses import fields
 from pathlib import Path
 import pytest, torch, yaml
-from mdm.nested_unet import NestedUNetConfig, create_model, model_scales
-from mdm.recipe import (Recipe, RecipeError, TrainConfig, build_recipe, check_recipe, from_reference, is_reference, load_recipe, nearest, presets,
-    recipe_dict, save_recipe, to_reference, translate, valid_keys)
-from mdm.sampler import SampleConfig
-from mdm.unet import UNetConfig
+from mdm.models.nested_unet import NestedUNetConfig, create_model, model_scales
+from mdm.recipe import Recipe, RecipeError, TrainConfig, build_recipe, check_recipe, from_reference, is_reference, load_recipe, recipe_dict, save_recipe, to_reference, translate, valid_keys
+from mdm.utils.configs import nearest
+from mdm.utils.files import presets
+from mdm.diffusion.sampler import SampleConfig
+from mdm.models.unet import UNetConfig
 
 here = Path(__file__).parent
 doll = dict(channels=[32, 32], num_resnets=[1, 1], num_attention_layers=[0, 0])

@@ -5,10 +5,10 @@ import pytest, torch
 from safetensors.torch import load_file
 import train_child
 from mdm.checkpoint import load_checkpoint, load_model
-from mdm.cli_train import mdm_train
-from mdm.datasets import write_shapes
+from mdm.cli.train import mdm_train
+from mdm.data.shapes import write_shapes
 from mdm.recipe import load_recipe
-from mdm.resume import cut_log, differences, newest_checkpoint, pack, unpack
+from mdm.training.resume import cut_log, differences, newest_checkpoint, pack, unpack
 
 tiny = '''data.image_size=16 model.channels=[8,16] model.num_groups=8 model.inner.num_groups=8 model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16
     model.inner.time_dim=16 text.dim=16 train.batch_size=2 train.warmup_steps=2 train.preview_prompts=[] data.workers=0 data.shuffle=8 sample.steps=1'''.split()
@@ -243,10 +243,10 @@ def test_killed_before_the_first_save(data, tmp_path, capsys):
 
 def test_another_training_in_between(data, tmp_path, monkeypatch):
     "Nobody was there when this one looked, and somebody is when it wants to write."
-    import mdm.data
-    out, real = tmp_path/'run', mdm.data.create_dls
+    import mdm.data.loader
+    out, real = tmp_path/'run', mdm.data.loader.create_dls
     def slow(*args, **kwargs): (out/'step_00000004').mkdir(parents=True); return real(*args, **kwargs)
-    monkeypatch.setattr(mdm.data, 'create_dls', slow)
+    monkeypatch.setattr(mdm.data.loader, 'create_dls', slow)
     assert mdm_train(list(map(str, command(adamw, out, data)))) == 2 and (out/'step_00000004').is_dir()
 
 def test_what_is_not_ours_is_left_alone(data, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_weights_alone_do_not_train_on(data, tmp_path, capsys):
     from mdm.checkpoint import save_checkpoint
     recipe = load_recipe('shapes', [*adamw, f'train.output={tmp_path/"run"}'])
     recipe.data.files = data
-    from mdm.nested_unet import create_model
+    from mdm.models.nested_unet import create_model
     state = create_model(recipe.model, 16).state_dict()
     save_checkpoint(tmp_path/'run'/'step_00000003', recipe, state, state, 3)
     code, _, err = call(capsys, *command(adamw, tmp_path/'run', data))

@@ -2,11 +2,11 @@
 from itertools import product as combine
 from typing import get_args
 import pytest, torch
-from mdm.diffusion import Diffusion, DiffusionConfig, pyramid
-from mdm.nested_unet import NestedUNetConfig, create_model
-from mdm.sampler import (SampleConfig, advance, for_img2img, for_inpaint, for_upscale, half_logsnr, sample, sample_steps, timesteps)
-from mdm.schedule import from_x0, make_gammas, schedules, shift_gammas
-from mdm.unet import UNetConfig
+from mdm.diffusion.objective import Diffusion, DiffusionConfig, pyramid
+from mdm.models.nested_unet import NestedUNetConfig, create_model
+from mdm.diffusion.sampler import (SampleConfig, advance, for_img2img, for_inpaint, for_upscale, half_logsnr, sample, sample_steps, timesteps)
+from mdm.diffusion.schedule import from_x0, make_gammas, schedules, shift_gammas
+from mdm.models.unet import UNetConfig
 
 solvers, spacings, predictions = (get_args(SampleConfig.__annotations__['solver']), get_args(SampleConfig.__annotations__['spacing']), get_args(DiffusionConfig.__annotations__['prediction']))
 product = lambda *lists: list(combine(*lists))

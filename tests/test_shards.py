@@ -1,12 +1,12 @@
-"Edge cases of mdm.shards: untidy folders, pictures of every kind, runs that are killed"
+"Edge cases of mdm.data.shards: untidy folders, pictures of every kind, runs that are killed"
 import io, json, multiprocessing, os, random, shutil, signal, tarfile, time
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest, webdataset
 from PIL import Image
-from mdm import shards as S
-from mdm.data import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, DataConfig, create_loader
-from mdm.shards import *
+from mdm.data.loader import shards as S
+from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, DataConfig, create_loader
+from mdm.data.shards import *
 
 red, blue = Image.new('RGB', (60,40), 'red'), Image.new('RGB', (60,40), 'blue')
 

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mdm import storage as S
-from mdm.storage import FileInfo, beside, download, exists, file_info, find_files, list_files, open_file, read_manifest, read_rows, redact, split_pattern
+from mdm.data.loader import files as S
+from mdm.data.files import FileInfo, beside, download, exists, file_info, find_files, list_files, open_file, read_manifest, read_rows, redact, split_pattern
 
 KEY, SECRET = 'AKIAQUITESECRET00001', 'wJalr/XUtnFEMI+K7MDENG'
 
@@ -154,7 +154,7 @@ def test_importing_loads_no_driver_and_reaches_for_nothing():
     code = '''import socket, sys
 def no(*a, **k): raise SystemExit('the network was used')
 socket.socket.connect = socket.getaddrinfo = no
-import mdm.storage
+import mdm.data.files
 print([m for m in ('aiohttp','s3fs','botocore','aiobotocore') if m in sys.modules])'''
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True).stdout == '[]\n'
 

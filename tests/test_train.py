@@ -7,13 +7,13 @@ from fastai.learner import Callback
 from fastai.torch_core import find_bs
 from torch import nn
 from torch.optim import SGD
-from mdm.callbacks import *
+from mdm.training.callbacks import *
 from mdm.checkpoint import load_checkpoint, load_model, save_checkpoint, save_released
-from mdm.cli_train import dry_run, encoder_width, mdm_train, stage_recipes
-from mdm.data import create_dls
-from mdm.datasets import write_shapes
-from mdm.learner import build_model, mdm_learner, output_callbacks
-from mdm.nested_unet import create_model
+from mdm.cli.train import dry_run, encoder_width, mdm_train, stage_recipes
+from mdm.data.loader import create_dls
+from mdm.data.shapes import write_shapes
+from mdm.training.learner import build_model, mdm_learner, output_callbacks
+from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe, save_recipe
 from mdm.text import TextConfig
 

@@ -1,14 +1,14 @@
-"Edge cases of mdm.urls, with a web server on this machine that behaves as badly as the web"
+"Edge cases of mdm.data.urls, with a web server on this machine that behaves as badly as the web"
 import builtins, gzip, io, json, os, socket, sys, tarfile, threading, time, urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from test_shards import killed
-from mdm import urls as U
-from mdm.data import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
-from mdm.shards import REPORT, find_tars, load_manifest, make_key, read_samples
-from mdm.urls import *
+from mdm.data.loader import urls as U
+from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
+from mdm.data.shards import REPORT, find_tars, load_manifest, make_key, read_samples
+from mdm.data.urls import *
 
 def saved(img, format='JPEG', **kwargs):
     out = io.BytesIO(); img.save(out, format, **kwargs); return out.getvalue()

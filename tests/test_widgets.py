@@ -4,11 +4,11 @@ from html import unescape
 from io import BytesIO
 import numpy as np, pytest, torch
 from PIL import Image
-from mdm.nested_unet import create_model
+from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
-from mdm.sampler import SampleConfig
-from mdm.widgets import SamplerSettings, SamplerWidget, Side, logsnr_svg, path_bytes, styles, avoided, walk_together
+from mdm.diffusion.sampler import SampleConfig
+from mdm.widgets.sampler import SamplerSettings, SamplerWidget, Side, logsnr_svg, path_bytes, styles, avoided, walk_together
 
 evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -215,6 +215,6 @@ def test_first_screen_without_a_model():
 
 def test_the_interpreter_can_leave_while_sampling():
     "A kernel that restarts does not wait for the thread, and leaves nothing behind."
-    code = "from mdm.widgets import SamplerWidget\nw = SamplerWidget('shapes'); w.wait()\nassert not w.error.value, w.error.value\nw.side_a.sampling['steps'].value = 1000\nw.run()\nimport time; time.sleep(.5); assert w.busy; print('leaving')"
+    code = "from mdm.widgets.sampler import SamplerWidget\nw = SamplerWidget('shapes'); w.wait()\nassert not w.error.value, w.error.value\nw.side_a.sampling['steps'].value = 1000\nw.run()\nimport time; time.sleep(.5); assert w.busy; print('leaving')"
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and out.stdout.strip() == 'leaving' and not out.stderr, out
