@@ -26,10 +26,8 @@ from .data.loader import (
     create_loader, create_dls)
 from .data.shapes import (
     Shape, all_shapes, parse_caption, shapes_captions, write_shapes, judge_all, judge, prompt_accuracy)
-from .recipe import (
-    TrainConfig, Recipe, RecipeError, valid_keys, unknown_key, read_section, check_doll, read_model,
-    check_recipe, build_recipe, recipe_dict, save_recipe, from_reference, is_reference, to_reference,
-    read_source, apply_overrides, load_recipe)
+from .recipe import TrainConfig, Recipe, RecipeError, valid_keys, read_section, check_doll, read_model, check_recipe, build_recipe, recipe_dict, save_recipe, from_reference, is_reference, to_reference, read_source, apply_overrides, load_recipe
+from .utils.configs import unknown_key
 from .checkpoint import (
     write_safetensors, save_checkpoint, read_state, Checkpoint, find_checkpoint, load_checkpoint, strip_prefix,
     load_weights, text_width, UnsafeCheckpoint, InertUnpickler, inspect_pickle, read_pickle, ReleasedCheckpoint,

@@ -23,6 +23,7 @@ from .recipe import Recipe, RecipeError, build_recipe, recipe_dict
 from .diffusion.sampler import Given, SampleConfig, Step, for_img2img, for_inpaint, for_upscale, sample_steps
 from .text import TextEncoder, create_text_encoder
 from .utils.pictures import from_pil, open_picture, to_pil
+from .utils.configs import ConfigError, changed
 
 # %% ../nbs/3_training/03_pipeline.ipynb #9c6aac36
 class MDMPipeline:
@@ -72,8 +73,9 @@ class MDMPipeline:
         if solver is None and eta: solver = 'ddim'                      # the only one that it means something to
         if eta is None and solver not in (None, 'ddim'): eta = 0.
         changes = dict(steps=steps, guidance=guidance, eta=eta, threshold=threshold, solver=solver, spacing=spacing, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale)
-        wanted = recipe_dict(replace(self.recipe, sample=replace(self.recipe.sample, **{k: v for k, v in changes.items() if v is not None})))
-        return build_recipe(wanted, 'sampling').sample
+        config, n = changed(self.recipe.sample, 'sample', **changes), self.recipe.diffusion.num_steps
+        if config.steps > n: raise ConfigError('sampling', [f'sample.steps: found {config.steps}, expected a number up to diffusion.num_steps = {n}'])
+        return config
 
     @torch.no_grad()
     def steps(self,

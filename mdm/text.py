@@ -13,9 +13,10 @@ from dataclasses import dataclass,replace
 from functools import lru_cache
 import numpy as np
 import torch
+from .utils.configs import config_class
 
 # %% ../nbs/1_model/08_text.ipynb #1aa5aff0
-@dataclass
+@config_class
 class TextConfig:
     "Which text encoder to use, and how."
     encoder:str='hash' # `'hash'`, the name of a Hugging Face model such as `'google/flan-t5-xl'`, or a folder that holds one
@@ -23,6 +24,8 @@ class TextConfig:
     max_tokens:int=128 # longer prompts are cut, the end token included
     max_chars:int=512 # captions are cut to this many characters first
     half:bool=False # run a Hugging Face model in bfloat16: half the memory; `hash` takes no notice
+
+    def rules(self): return [(getattr(self, k) < 1, k, 'a number above 0') for k in ('dim', 'max_tokens', 'max_chars')]
 
 # %% ../nbs/1_model/08_text.ipynb #912f0ce4
 def pad_prompts(

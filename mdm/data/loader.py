@@ -34,9 +34,10 @@ from webdataset.tariterators import group_by_keys
 from .files import FileInfo,beside,exists,file_info,find_files,list_files,open_file,read_manifest,read_rows,redact
 from ..utils.pictures import to_rgb
 from ..utils.ranks import rank_and_world
+from ..utils.configs import config_class
 
 # %% ../../nbs/2_data/05_loader.ipynb #b64bc586
-@dataclass
+@config_class
 class DataConfig:
     "Which pictures to read, and how."
     files:list[str] = field(default_factory=list) # tars or index TSVs, here or afar; braces `{00000..00006}.tar`, wildcards `*.tar` and regular expressions `re:...` welcome
@@ -47,6 +48,15 @@ class DataConfig:
     shuffle:int=2000 # samples in each worker's shuffle buffer; 0: the order of the shards
     workers:int=2 # worker processes that read and decode; 0: none
     embeddings:bool=False # captions bring their text embeddings, made by `mdm_dataset embed`
+
+    def rules(self):
+        weights_fit = self.weights is None or (len(self.weights) == len(self.files) and min(self.weights, default=0) > 0)
+        return [
+            (self.image_size < 1, 'image_size', 'a number above 0'),
+            (self.workers < 0, 'workers', '0 or more'),
+            (self.shuffle < 0, 'shuffle', '0 or more'),
+            (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
+            (not weights_fit, 'weights', f'one number above 0 for each of the {len(self.files)} entries of {{place}}.files, or null')]
 
 # %% ../../nbs/2_data/05_loader.ipynb #15316bd4
 def check_config(

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .schedule import add_noise, from_x0, make_gammas, shift_gammas, to_x0, vdm_weights
+from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/05_objective.ipynb #6c198c88
-@dataclass
+@config_class
 class DiffusionConfig:
     "How pictures are noised and what the loss compares."
     schedule: Literal['deepfloyd', 'ddpm', 'cosine', 'sigmoid'] = 'deepfloyd' # see `make_gammas`
@@ -31,6 +32,17 @@ class DiffusionConfig:
     multi_res_weights: list[float]|None = None # weight of each scale's loss, highest first
     mixed_ratio: list[float]|None = None # share of the batch that goes up to each scale, highest first, e.g. [2, 1]
     vdm_weights: bool = False           # weight steps as the variational bound does
+
+    def rules(self):
+        return [
+            (self.num_steps < 2, 'num_steps', 'at least 2'),
+            (not 0 < self.beta_start < 1, 'beta_start', 'a number between 0 and 1'),
+            (not self.beta_start <= self.beta_end < 1, 'beta_end', 'a number from {place}.beta_start to below 1'),
+            (self.rescale_signal <= 0, 'rescale_signal', 'a number above 0'),
+            (self.output_scale < 0, 'output_scale', '0 (off) or more'),
+            (self.shift_power < 0, 'shift_power', '0 or more'),
+            (any(w < 0 for w in self.multi_res_weights or []), 'multi_res_weights', 'no number below 0'),
+            (any(w <= 0 for w in self.mixed_ratio or []), 'mixed_ratio', 'numbers above 0')]
 
 # %% ../../nbs/1_model/05_objective.ipynb #bdd67e42
 def pyramid(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from .objective import Diffusion, pyramid
 from .schedule import add_noise, to_x0
+from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/07_sampler.ipynb #10575d7c
-@dataclass
+@config_class
 class SampleConfig:
     "How pictures are sampled."
     steps: int = 50                     # network calls per picture, 1 to diffusion.num_steps ('logsnr' may merge a few)
@@ -29,6 +30,16 @@ class SampleConfig:
     spacing: Literal['uniform', 'trailing', 'logsnr'] = 'uniform' # which steps are taken
     guidance_interval: tuple[float, float] = (0., 1.) # guide only where t/N is within; 0 is clean, 1 is noise
     guidance_rescale: float = 0.        # 0 .. 1: how far to take back the contrast that guidance adds
+
+    def rules(self):
+        low, high = self.guidance_interval
+        return [
+            (self.steps < 1, 'steps', 'a number above 0'),
+            (self.eta < 0, 'eta', '0 or more'),
+            (self.eta > 0 and self.solver != 'ddim', 'eta', f"0: only {{place}}.solver = 'ddim' takes a share of fresh noise, and it is {self.solver!r}"),
+            (self.guidance < 0, 'guidance', '0 or more'),
+            (not 0 <= self.guidance_rescale <= 1, 'guidance_rescale', 'a number from 0 to 1'),
+            (not 0 <= low < high <= 1, 'guidance_interval', 'two numbers from 0 (clean) to 1 (noise), the smaller one first')]
 
 # %% ../../nbs/1_model/07_sampler.ipynb #894bef0f
 def half_logsnr(

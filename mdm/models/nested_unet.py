@@ -12,9 +12,10 @@ import torch.nn as nn
 from torch import Tensor
 from .layers import zero_init
 from .unet import Text, UNet, UNetConfig
+from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/04_nested_unet.ipynb #bf806e9c
-@dataclass(kw_only=True)
+@config_class(kw_only=True)
 class NestedUNetConfig(UNetConfig):
     "Shape of a doll around a doll."
     inner: UNetConfig                   # the doll inside, plain or nested itself
@@ -24,6 +25,18 @@ class NestedUNetConfig(UNetConfig):
     normalize_input: bool = True        # divide each noisy picture by its standard deviation
     freeze_inner: bool = False          # train the outer doll alone
     inner_from: str|None = None         # checkpoint to start the inner doll from
+
+    def rules(self):
+        innermost = 'its default: the text is processed once, by the innermost network, so set it there'
+        return super().rules() + [
+            (len(self.channels) < 2, 'channels', 'at least two levels: the outer picture is 2^(levels - 1) times as large as the inner one'),
+            (self.mid_blocks, 'mid_blocks', 'false: the inner network is the middle'),
+            (self.pooled_text, 'pooled_text', 'false: the pooled text of the innermost network serves all'),
+            (self.text_proj_dim is not None, 'text_proj_dim', innermost),
+            (self.num_text_layers > 0, 'num_text_layers', innermost),
+            (not self.masked_cross_attention, 'masked_cross_attention', innermost),
+            (self.freeze_inner and not self.inner_from, 'freeze_inner',
+             'false, or a trained inner network: name its checkpoint in {place}.inner_from')]
 
 # %% ../../nbs/1_model/04_nested_unet.ipynb #49c8a6ba
 def model_scales(

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .layers import Attention, ResNet, TextBlock, masked_mean, time_features, zero_init
+from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/03_unet.ipynb #16dcde32
-@dataclass
+@config_class
 class UNetConfig:
-    "Shape of one doll."
+    "Shape of one U-Net."
     channels: list[int]                 # channels per level, e.g. [256, 512, 768]
     num_resnets: list[int]              # ResNet blocks per level (the way up has one more)
     num_attention_layers: list[int]     # attention blocks after every ResNet of a level; 0: none
@@ -32,6 +33,26 @@ class UNetConfig:
     dropout: float = 0.                 # dropout in ResNet blocks
     attention_ffn: bool = False         # a per-pixel network after every attention
     num_heads: int = 8                  # heads of picture attention; text layers always have 8
+
+    def rules(self):
+        n = len(self.channels)
+        attended = [w for w, a in zip(self.channels, self.num_attention_layers) if a] + (self.channels[-1:] if self.mid_blocks else [])
+        per_level = f'{n} entries, one for each level of {{place}}.channels'
+        return [
+            (n < 1, 'channels', 'at least one level'),
+            (any(w < 1 for w in self.channels), 'channels', 'numbers above 0'),
+            (self.num_groups < 1, 'num_groups', 'a number above 0'),
+            (self.num_groups > 0 and any(w % self.num_groups for w in self.channels), 'channels', f'multiples of {{place}}.num_groups = {self.num_groups}'),
+            (len(self.num_resnets) != n, 'num_resnets', per_level),
+            (any(k < 1 for k in self.num_resnets), 'num_resnets', 'at least 1 on every level'),
+            (len(self.num_attention_layers) != n, 'num_attention_layers', per_level),
+            (any(k < 0 for k in self.num_attention_layers), 'num_attention_layers', '0 or more on every level'),
+            (self.num_heads < 1 or any(w % self.num_heads for w in attended), 'num_heads', f'a divisor of the channels where there is attention, {attended}'),
+            (self.time_dim is not None and (self.time_dim < 8 or self.time_dim % 8), 'time_dim', 'a multiple of 8 above 0, or null'),
+            (self.text_proj_dim is not None and self.text_proj_dim < 1, 'text_proj_dim', 'a number above 0, or null'),
+            (self.num_text_layers < 0, 'num_text_layers', '0 or more'),
+            (not 0 <= self.dropout < 1, 'dropout', 'a number from 0 to below 1'),
+            (any(v <= 0 for v in self.micro_conditioning.values()), 'micro_conditioning', 'defaults above 0')]
 
 # %% ../../nbs/1_model/03_unet.ipynb #13656198
 class Level(nn.Module):

@@ -8,8 +8,7 @@ __all__ = ['config_class', 'violations', 'ConfigError', 'check_config', 'nearest
 
 # %% ../../nbs/0_ground/04_configs.ipynb #056771ff
 import json, types
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, MISSING, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, MISSING
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,10 +17,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 # %% ../../nbs/0_ground/04_configs.ipynb #a327188e
 def config_class(
-    cls:type, # a class with annotated fields, each with a comment that explains it
+    cls:type|None=None, # a class with annotated fields, each with a comment that explains it
+    **kwargs, # for `dataclass`, such as `kw_only=True`; the decorator is written with brackets then
 )->type: # a dataclass
     "Make a class of settings. It may have a method `rules` that gives (is it broken?, field, what was expected)."
-    return with_config(ConfigDict(extra='forbid', allow_inf_nan=False))(dataclass(cls))
+    make = lambda cls: with_config(ConfigDict(extra='forbid', allow_inf_nan=False))(dataclass(cls, **kwargs))
+    return make if cls is None else make(cls)
 
 # %% ../../nbs/0_ground/04_configs.ipynb #5441343e
 def violations(
