@@ -9,11 +9,17 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from mdm.cli import evaluate as cli_evaluate
-from mdm.evaluation import runs as rooms
+from mdm.evaluation import evaluate as evaluation, losses as losses_module
 from mdm.checkpoint import save_checkpoint
 from mdm.cli.evaluate import mdm_evaluate
 from mdm.data.shapes import attributes, caption, all_shapes, draw, parse_caption, prompt_accuracy, shapes_captions, write_shapes
+from mdm.evaluation.evaluate import *
+from mdm.evaluation.evaluate import EvaluateConfig
+from mdm.evaluation.gallery import *
+from mdm.evaluation.judges import *
+from mdm.evaluation.losses import *
 from mdm.evaluation.runs import *
+from mdm.data.files import read_captions
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
@@ -63,6 +69,8 @@ def clip(tmp_path_factory):
     CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=32), CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'), unk_token='<|endoftext|>', model_max_length=77)).save_pretrained(folder)
     return str(folder)
 
+def evaluate(pipe, folder, captions=None, data=None, config=None, n=None, embed=400, **wishes):
+    return evaluation.evaluate(pipe, folder, captions, data, EvaluateConfig(limit=n, gallery=embed, **wishes), config)
 def drawn(folder): return {p.name: p.read_bytes() for p in sorted((Path(folder)/'pictures').iterdir())}
 def as_rank(monkeypatch, rank, world): monkeypatch.setenv('RANK', str(rank)); monkeypatch.setenv('WORLD_SIZE', str(world))
 
@@ -163,8 +171,8 @@ def test_a_process_that_does_not_come(tmp_path):
     with pytest.raises(TimeoutError, match='b and 1 more files'): wait_for([tmp_path, tmp_path/'b', tmp_path/'c'], patience=.1)
 
 def test_impossible_wishes(pipe, shards, net, tmp_path):
-    for wish, said in ((dict(), 'nothing to draw'), (dict(captions=captions, fid=net), 'FID compares'), (dict(captions=captions, n=0), 'n is 0'), (dict(captions=captions, batch_size=0), 'batch_size is 0'),
-                       (dict(data=shards, loss_pictures=-1), 'loss_pictures is -1'), (dict(data=shards, levels=0), 'levels is 0'),
+    for wish, said in ((dict(), 'nothing to draw'), (dict(captions=captions, fid=net), 'FID compares'), (dict(captions=captions, n=0), 'evaluate.limit: found 0'), (dict(captions=captions, batch_size=0), 'evaluate.batch_size: found 0'),
+                       (dict(data=shards, loss_pictures=-1), 'evaluate.loss_pictures: found -1'), (dict(data=shards, levels=0), 'evaluate.levels: found 0'),
                        (dict(data=shards, levels=2000), 'levels is 2000, but the model has 1000'), (dict(data=shards, captions=captions[:3], fid=net), 'FID needs at least 20 drawn pictures')):
         with pytest.raises(ValueError, match=said): evaluate(pipe, tmp_path/'run', **wish)
     assert not (tmp_path/'run').exists()
@@ -176,6 +184,7 @@ def test_accuracy(tmp_path):
     (tmp_path/'pictures').mkdir()
     for i, s in enumerate(world): draw(world[i - 1] if i % 3 == 0 else s, 32).save(picture_path(tmp_path, i))     # every third one is wrong
     texts = [caption(s) for s in world]
+    def judge_pictures(folder, captions): return (found := judge_run(folder, captions)), accuracy_scores(found, captions)
     found, scores = judge_pictures(tmp_path, texts)
     for k, right in prompt_accuracy(load_pictures(tmp_path, range(len(world))), texts).items(): assert scores[f'accuracy.{k}']['value'] == pytest.approx(right)
     assert found[1] == vars(world[1]) and found[0] == vars(world[-1])
@@ -197,6 +206,13 @@ def test_fid_against_the_formula(n, m, width):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(n, width)) @ rng.normal(size=(width, width)), rng.normal(size=(m, width))*2 + 1
     found = fid_score(x, y)
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    class Given(nn.Module):
+        num_features = width
+        def forward(self, x): return x
+    metric = FrechetInceptionDistance(Given())
+    for features, real in ((x, True), (y, False)): metric.update(torch.tensor(features), real=real)
+    assert found['value'] == pytest.approx(float(metric.compute()), rel=1e-4)
     assert found['value'] == pytest.approx(by_hand(x, y), rel=1e-4) and frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(by_hand(x, y), rel=1e-4)
     parts = np.array([by_hand(x[np.arange(n) % 10 != g], y[np.arange(m) % 10 != g]) for g in range(10)])
     assert found['se'] == pytest.approx((.9*((parts - parts.mean())**2).sum())**.5, rel=1e-2)
@@ -245,7 +261,7 @@ def test_extractors_that_give_no_features(wrong):
 def test_without_torchmetrics(pipe, shards, net, clip, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchmetrics.image.fid', None); monkeypatch.setitem(sys.modules, 'torchmetrics.functional.multimodal', None)
     for wish in (dict(fid=net), dict(clip=clip)):
-        with pytest.raises(ImportError, match=r"pip install 'mdm\[eval\]'"): evaluate(pipe, tmp_path/'run', None, shards, **wish)
+        with pytest.raises(ImportError, match=r"pip install 'matryoshka-diffusion\[eval\]'"): evaluate(pipe, tmp_path/'run', None, shards, **wish)
     assert not (tmp_path/'run').exists()                    # found out before sampling
     assert evaluate(pipe, tmp_path/'run', None, shards, n=2, loss_pictures=2)['scores']['loss.32']['n'] == 2
 
@@ -277,7 +293,7 @@ def test_losses_do_not_depend_on_blocks(pipe, shards):
 
 def test_levels_are_where_they_should_be(pipe, shards, monkeypatch):
     seen = []
-    monkeypatch.setattr(rooms.Diffusion, 'loss', lambda self, model, images, cond, mask, micros, tau, noise: seen.append(tau) or argparse.Namespace(per_scale=[torch.ones(len(tau))]*2))
+    monkeypatch.setattr(losses_module.Diffusion, 'loss', lambda self, model, images, cond, mask, micros, tau, noise: seen.append(tau) or argparse.Namespace(per_scale=[torch.ones(len(tau))]*2))
     level_losses(pipe, read_pictures(shards, 32, 8), levels=7)
     for k, tau in enumerate(seen): b = k % 7; assert ((1000*b//7 <= tau) & (tau < 1000*(b + 1)//7)).all()
     assert len(seen) == 7*4 and len({int(t) for t in seen[0]}) > 4
@@ -286,10 +302,10 @@ def test_a_perfect_model_has_no_loss(pipe, shards):
     class Perfect(nn.Module):
         scales = [2, 1]
         def forward(self, x, t, cond, mask, micros): return [o.zero_() for o in x]
-    class Knowing(rooms.Diffusion):
+    class Knowing(losses_module.Diffusion):
         def compare(self, outputs, noised): found = super().compare(outputs, noised); return argparse.Namespace(per_scale=[(t - t).square().mean((1, 2, 3)) + k for k, t in enumerate(found.targets)])
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(rooms, 'Diffusion', Knowing)
+        m.setattr(losses_module, 'Diffusion', Knowing)
         found = summarise_losses(level_losses(pipe, read_pictures(shards, 32, 8, 6), levels=2)['loss'], pipe)
     assert found['mean'] == [[0, 0], [1, 1]] and found['se'] == [[0, 0], [0, 0]] and found['resolutions'] == [32, 16] and found['levels'] == [[0, 500], [500, 1000]] and found['n'] == 6
 
@@ -312,7 +328,8 @@ def test_pairs_of_captions(): assert pair_captions(['a', 'b', 'a', 'c'], ['a', '
 
 def test_what_cannot_be_compared(pipe, shards, net, tmp_path):
     torch.manual_seed(1)
-    for name, wish in (('a', dict(fid=net)), ('b', dict(fid=Net())), ('c', dict(fid=net, n=22, loss_pictures=4))): evaluate(pipe, tmp_path/name, None, shards, **dict(loss_pictures=3) | wish)
+    torch.jit.script(Net()).save(other := str(tmp_path/'other.pt'))
+    for name, wish in (('a', dict(fid=net)), ('b', dict(fid=other)), ('c', dict(fid=net, n=22, loss_pictures=4))): evaluate(pipe, tmp_path/name, None, shards, **dict(loss_pictures=3) | wish)
     compared = lambda b: compare_runs(tmp_path/'a', tmp_path/b, tmp_path/'both')
     assert compared('b')['notes'] == ['FID is not compared: it was measured with different networks.'] and compared('b')['scores']['loss.16']['difference']['n'] == 3
     assert compared('c')['notes'] == ['FID is not compared: it was measured on different numbers of pictures.', *(f'loss at {k} pixels is not compared: it was measured on different pictures, noise levels or targets.' for k in (32, 16))]
