@@ -13,7 +13,7 @@ QUIET   = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo 'make demo    draw shapes, train on them, sample from held-out captions, into demo/'
 	@echo 'make test    run every notebook, then the tests (JOBS=4: four notebooks at a time)'
-	@echo 'make export  notebooks -> mdm/ and README.md; clean the notebooks'
+	@echo 'make export  notebooks -> mdm/, README.md, llms.txt; settings.ini -> pyproject.toml; clean the notebooks'
 	@echo 'make docs    the site, into _docs/ (with Quarto where it is installed, else a preview of it)'
 	@echo 'make setup   only the set-up, in .venv'
 	@echo 'make clean   remove caches and what was built; .venv, demo/ and runs/ stay'
@@ -37,6 +37,7 @@ test: $(SETUP)
 	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on a notebook named above'; exit 1; fi
 
 export: $(SETUP)
+	$(BIN)/python tests/make_pyproject.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/make_readme.py

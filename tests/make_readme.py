@@ -1,4 +1,4 @@
-"Make README.md from nbs/index.ipynb: `python tests/make_readme.py`."
+"Make README.md and llms.txt from the notebooks: `python tests/make_readme.py`."
 import json, re
 from pathlib import Path
 
@@ -37,4 +37,21 @@ def readme(path=root/'nbs'/'index.ipynb'):
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
     return note + '\n\n'.join(filter(None, map(cell, cells))) + '\n'
 
-if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf-8')
+def llms():
+    "The text of llms.txt: what the project is and where its pages are, for language models (llmstxt.org)."
+    import yaml
+    first = lambda path: re.match(r'# (.*)\n\n> (.*)', text(json.loads((root/'nbs'/path).read_text(encoding='utf-8'))['cells'][0]['source']))
+    site = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    _, about = first('index.ipynb').groups()
+    lines = ['# mdm', '', f'> {about}', '', 'Install with `pip install matryoshka-diffusion`; the package is called `mdm`. `from mdm.all import *` gives what a notebook needs. '
+        'Each page below is a Jupyter notebook that explains and exports one module.', '', '- [README](README.md)', '- [How to contribute](CONTRIBUTING.md)', '- [Changes](CHANGELOG.md)']
+    for section in (o for o in site if 'section' in o):
+        lines += ['', f"## {section['section']}", '']
+        for page in section['contents']:
+            title, about = first(page['href']).groups()
+            lines.append(f"- [{title}](nbs/{page['href']}): {about}")
+    return '\n'.join(lines) + '\n'
+
+if __name__ == '__main__':
+    (root/'README.md').write_text(readme(), encoding='utf-8')
+    (root/'llms.txt').write_text(llms(), encoding='utf-8')

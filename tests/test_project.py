@@ -8,7 +8,8 @@ import pytest, yaml
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from make_readme import readme, root, text
+from make_pyproject import pyproject
+from make_readme import llms, readme, root, text
 
 config = ConfigParser(delimiters=['='], interpolation=None)
 config.read(root/'settings.ini', encoding='utf-8')
@@ -32,7 +33,7 @@ def sources(nb):
     "The code of a notebook as syntax trees, less the lines that are not Python."
     for c in cells(nb):
         if c['cell_type'] != 'code' or (src := text(c['source'])).startswith('%%'): continue
-        yield ast.parse(re.sub(r'^\s*[%!].*$', 'pass', src, flags=re.M))
+        yield ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', src, flags=re.M))
 
 def exported(nb):
     "Name of the module that a notebook becomes, or None."
@@ -71,6 +72,9 @@ def differing(a, b, pattern):
 def test_modules_are_what_the_notebooks_export(remade):
     report(differing(root/'mdm', remade/'mdm', '*.py'), 'These modules and their notebooks differ; run `make export`')
     assert (remade/'pyproject.toml').read_text() == (root/'pyproject.toml').read_text()
+
+def test_pyproject_is_settings(): assert (root/'pyproject.toml').read_text(encoding='utf-8') == pyproject(), 'pyproject.toml and settings.ini differ; run `make export`'
+def test_llms_txt_lists_the_notebooks(): assert (root/'llms.txt').read_text(encoding='utf-8') == llms(), 'llms.txt and the notebooks differ; run `make readme`'
 
 def test_notebooks_are_clean(remade):
     report(differing(root/'nbs', remade/'nbs', '*.ipynb'), 'These notebooks are not clean; run `make export`')
@@ -132,12 +136,52 @@ def test_site_lists_every_notebook_in_order():
     flat = lambda items: chain.from_iterable(flat(o['contents']) if 'contents' in o else [(o['href'], o['text'])] for o in items)
     listed = dict(flat(site['website']['sidebar']['contents']))
     assert sorted(listed) == sorted(map(name, notebooks))
-    numbered = [o for o in listed if re.match(r'\d_', o)]
-    assert numbered == sorted(numbered)
+    for section in site['website']['sidebar']['contents']:
+        if 'section' in section and section['section'] != 'Tutorials':
+            inside = [o['href'] for o in section['contents']]
+            assert inside == sorted(inside) and len({o.split('/')[0] for o in inside}) == 1, section['section']
 
 def test_index_lists_every_notebook():
+    "The tables of the README have a row for every notebook, with its own title, module and description."
     index = '\n'.join(text(c['source']) for c in cells(root/'nbs'/'index.ipynb'))
-    report([name(o) for o in notebooks if name(o) != 'index.ipynb' and f'({name(o)})' not in index], 'nbs/index.ipynb links to every notebook')
+    def row(nb):
+        title, about = re.match(r'# (.*)\n\n> (.*)', text(cells(nb)[0]['source'])).groups()
+        if not exported(nb): return f'| [{title}]({name(nb)}) | {about} |'
+        return f'| [{nb.name[:2]} {title}]({name(nb)}) | `{exported(nb)}` | {about} |'
+    report([row(o) for o in notebooks if name(o) != 'index.ipynb' and row(o) not in index], 'nbs/index.ipynb has this row')
+
+# ---- how notebooks and modules read
+
+def export_cells(nb): return [c for c in cells(nb) if c['cell_type'] == 'code' and re.match(r'\s*#\|\s*exporti?\b', text(c['source']))]
+
+def test_export_cells_are_small():
+    "One definition to a cell: more than 45 lines (blank ones not counted) are more than one screen."
+    size = lambda c: sum(1 for line in text(c['source']).splitlines() if line.strip())
+    report([f"{name(o)}: {size(c)} lines, {text(c['source'])[10:60]!r}" for o in notebooks for c in export_cells(o) if size(c) > 45], 'A cell that exports has up to 45 lines')
+
+def test_lines_are_short():
+    lines = [(f'{o.relative_to(root)}:{i}', len(line)) for o in modules if o.name != 'all.py' for i, line in enumerate(o.read_text(encoding='utf-8').splitlines(), 1)]
+    report([f'{where}: {n}' for where, n in lines if n > 160], 'A line of code has up to 160 characters')
+    assert sum(n > 120 for _, n in lines) < .02*len(lines), 'Nearly all lines of code have up to 120 characters'
+
+def test_every_exported_name_is_used_in_its_notebook():
+    "An exported name appears in an example or a test of its own notebook."
+    def defined(nb):
+        for c in export_cells(nb):
+            for o in ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', text(c['source']), flags=re.M)).body:
+                if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not any('patch' in ast.unparse(d) for d in o.decorator_list): yield o.name
+    problems = []
+    for nb in notebooks:
+        if not exported(nb): continue
+        shown = '\n'.join(text(c['source']) for c in cells(nb) if c['cell_type'] == 'code' and c not in export_cells(nb))
+        problems += [f'{name(nb)}: {o}' for o in defined(nb) if o[0] != '_' and not re.search(rf'\b{o}\b', shown)]
+    report(problems, 'An exported name is used in an example or a test under it')
+
+def test_prose_has_no_rooms_and_few_dolls():
+    "Plain words: a notebook is a notebook, a network is a network."
+    said = {name(o): '\n'.join(text(c['source']) for c in cells(o)) for o in notebooks}
+    report([f'{k}: {m}' for k, v in said.items() for m in re.findall(r'.*\b[Rr]ooms?\b.*', v)], 'A module is not called a room')
+    report([f'{k}: {m}' for k, v in said.items() if k not in ('index.ipynb', '1_model/04_nested_unet.ipynb') for m in re.findall(r'.*\b[Dd]olls?\b.*', v)], 'A network is not called a doll')
 
 # ---- modules
 
@@ -241,7 +285,8 @@ def test_version_is_one():
 
 def test_top_level():
     "What an example wrote into the working folder is not of the project."
-    known = set('.ci .gitignore CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md _quarto.yml constraints.txt mdm nbs pyproject.toml settings.ini setup.py tests'.split())
+    known = set('''.ci .gitattributes .github .gitignore .pre-commit-config.yaml CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md
+        _quarto.yml constraints.txt llms.txt mdm nbs pyproject.toml settings.ini setup.py tests'''.split())
     report(sorted({p.relative_to(root).parts[0] for p in tracked()} - known), 'The top level holds what it is known to hold')
 
 # ---- nothing of one machine

@@ -55,10 +55,12 @@ def _check(pipe, captions, data, config):
 def _captions_to_draw(pipe, captions, data, config):
     "The captions of the run: those given, or those of the data."
     if not captions:
-        captions = chain.from_iterable(o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size, config.limit))
+        captions = chain.from_iterable(o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size,
+            config.limit))
     captions = list(captions)[:config.limit]
     if config.fid and len(captions) < 20:
-        raise ValueError(f'FID needs at least 20 drawn pictures, and thousands to mean something; there are {len(captions)} captions')
+        raise ValueError('FID needs at least 20 drawn pictures, and thousands to mean something; there are '
+            f'{len(captions)} captions')
     return captions
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #8225b96b
@@ -94,11 +96,15 @@ def _measure(pipe, folder, captions, data, config, extractor, clip, progress):
         return counted(((b, load_pictures(folder, b)) for b in blocks), what, progress)
     found = {}
     if config.fid:
-        found['real'] = share(f'real-{key}', lambda: extract_features(extractor, real('features of real pictures'), pipe.device))
-        found['drawn'] = share(f'drawn-{key}', lambda: extract_features(extractor, drawn('features of drawn pictures'), pipe.device))
-    if config.clip: found['clip'] = share(f'clip-{key}', lambda: _clip_part(clip, drawn('CLIP score'), captions, pipe.device))
+        found['real'] = share(f'real-{key}', lambda: extract_features(extractor, real('features of real pictures'),
+            pipe.device))
+        found['drawn'] = share(f'drawn-{key}', lambda: extract_features(extractor, drawn('features of drawn pictures'),
+            pipe.device))
+    if config.clip:
+        found['clip'] = share(f'clip-{key}', lambda: _clip_part(clip, drawn('CLIP score'), captions, pipe.device))
     if data and config.loss_pictures:
-        found['loss'] = share(f'loss-{key}', lambda: level_losses(pipe, real('loss', config.loss_pictures), config.levels))
+        found['loss'] = share(f'loss-{key}', lambda: level_losses(pipe, real('loss', config.loss_pictures),
+            config.levels))
     return found
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #9718d6dc
@@ -157,7 +163,8 @@ def _results(folder, pipe, captions, data, config, settings, parts, networks):
     files = data and short_hash(*((os.path.basename(o.path), o.size) for o in list_files(data)))
     judges = {k: dict(source=getattr(config, k), weights=fingerprint(net)) for k, net in networks.items()}
     return with_earlier(folder, dict(
-        format=1, name=config.name or folder.name, settings=settings, data=data and list(map(redact, data)), files=files, judges=judges,
+        format=1, name=config.name or folder.name, settings=settings, data=data and list(map(redact, data)),
+        files=files, judges=judges,
         warnings=[o['warning'] for o in scores.values() if o.get('warning')], scores=scores, loss=loss, captions=captions, found=found))
 
 def _write(folder, results, embed):
@@ -183,11 +190,13 @@ def evaluate(
     "Sample, judge, and write `results.json`, `loss.png` and `gallery.html`. Raises `ValueError`, `ImportError` or an `OSError` that says what to mend."
     config, (rank, world) = config or EvaluateConfig(), rank_and_world()
     _check(pipe, captions, data, config)
-    extractor, clip = config.fid and load_extractor(config.fid, pipe.device), config.clip and load_clip(config.clip, pipe.device)
+    extractor = config.fid and load_extractor(config.fid, pipe.device)
+    clip = config.clip and load_clip(config.clip, pipe.device)
     captions = _captions_to_draw(pipe, captions, data, config)
     settings = run_settings(pipe, captions, sample, config.seed, config.negative_prompt)
     folder = claim_run(folder, settings, captions)
-    sample_missing(pipe, folder, captions, sample, config.seed, config.negative_prompt, config.batch_size, rank, world, progress)
+    sample_missing(pipe, folder, captions, sample, config.seed, config.negative_prompt, config.batch_size, rank, world,
+        progress)
     parts = _measure(pipe, folder, captions, data, config, extractor, clip, progress)
     if rank: return
     wait_for(picture_path(folder, i) for i in range(len(captions)))
@@ -202,11 +211,13 @@ def read_results(
 )->tuple[Path, dict]: # folder and results
     "Open a run. Raises `FileNotFoundError`, or `ValueError` when it is damaged."
     file = Path(folder)/'results.json'
-    if not file.is_file(): raise FileNotFoundError(f'{folder} holds no results.json: evaluate a model into that folder first')
+    if not file.is_file():
+        raise FileNotFoundError(f'{folder} holds no results.json: evaluate a model into that folder first')
     found = read_json(file)
     if isinstance(found, dict) and found.get('format') == 1: return Path(folder), found
     was = found.get('format') if isinstance(found, dict) else None
-    raise ValueError(f'{folder}/results.json is not of an evaluation that this release can read (format {was!r}, expected 1): evaluate the model again, into another folder')
+    raise ValueError(f'{folder}/results.json is not of an evaluation that this release can read (format {was!r}, '
+        'expected 1): evaluate the model again, into another folder')
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #c8dc37bd
 def _places(captions):
@@ -247,7 +258,8 @@ def score_difference(
 def _why_not(key, a, b):
     "The reason why a score of two runs cannot be compared, or None."
     x, y = a['scores'][key], b['scores'][key]
-    if key in a['judges'] and a['judges'][key]['weights'] != b['judges'][key]['weights']: return 'with different networks'
+    if key in a['judges'] and a['judges'][key]['weights'] != b['judges'][key]['weights']:
+        return 'with different networks'
     if key == 'fid' and (x['n'], x['real']) != (y['n'], y['real']): return 'on different numbers of pictures'
     if key.startswith('loss') and any(a['loss'][k] != b['loss'][k] for k in ('pictures', 'levels', 'target')):
         return 'on different pictures, noise levels or targets'

@@ -57,7 +57,8 @@ def picture_uri(
     "A picture as text: PNG when it is small, otherwise a WebP of at most `side` pixels."
     picture, out = Image.open(path).convert('RGB'), io.BytesIO()
     small = picture.width <= 64
-    if picture.width > side: picture = picture.resize((side, round(side*picture.height/picture.width)), Image.Resampling.LANCZOS)
+    if picture.width > side:
+        picture = picture.resize((side, round(side*picture.height/picture.width)), Image.Resampling.LANCZOS)
     picture.save(out, 'PNG' if small else 'WEBP', **({} if small else dict(quality=85)))
     return f"data:image/{'png' if small else 'webp'};base64,{base64.b64encode(out.getvalue()).decode()}"
 
@@ -77,7 +78,8 @@ def verdict(
     "Which runs drew an attribute right, as a word for the filter."
     if None in right: return ''
     if len(right) == 1: return 'right' if right[0] else 'wrong'
-    return {(1, 1): 'both right', (1, 0): 'only A right', (0, 1): 'only B right', (0, 0): 'both wrong'}[tuple(map(int, right))]
+    return {(1, 1): 'both right', (1, 0): 'only A right', (0, 1): 'only B right',
+        (0, 0): 'both wrong'}[tuple(map(int, right))]
 
 # %% ../../nbs/4_use/04_gallery.ipynb #11ff879e
 def _picture(letter, folder, results, i):
@@ -98,19 +100,23 @@ def _card(runs, row, keys):
 @lru_cache
 def _template():
     here = files('mdm')/'evaluation'
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string((here/'gallery.html.jinja').read_text(encoding='utf-8'))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string((here/'gallery.html.jinja').read_text(encoding='utf-8'))
     page.globals['css'] = (here/'gallery.css').read_text(encoding='utf-8')
     return page
 
 def _score_table(results):
     "The scores of one run as (head, rows)."
-    rows = [(score_label(k), score_text(k, o['value'], o['se']), score_note(k, o)) for k, o in results['scores'].items()]
+    rows = [(score_label(k), score_text(k, o['value'], o['se']), score_note(k, o))
+        for k, o in results['scores'].items()]
     return ('judge', 'score ± standard error', 'of'), rows
 
 def _notes(runs, notes, cards, embed):
     "Remarks above the pictures, each once."
     found = [*notes, *(w for _, r in runs for w in r['warnings'])]
-    if cards > embed: found.append(f'Embedded here are the first {embed:,} of {cards:,} captions; all pictures lie in the folder pictures of the run.')
+    if cards > embed:
+        found.append(f'Embedded here are the first {embed:,} of {cards:,} captions; all pictures lie in the folder '
+            'pictures of the run.')
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/4_use/04_gallery.ipynb #ad30a166

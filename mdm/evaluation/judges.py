@@ -105,7 +105,8 @@ def fid_score(
     "FID with its error, its extrapolation and its warning. Raises `ValueError` for too few pictures."
     real, drawn = (torch.as_tensor(o).double() for o in (real, drawn))
     if min(len(real), len(drawn)) < 2*groups:
-        raise ValueError(f'FID needs at least {2*groups} real and as many drawn pictures, and thousands to mean something; there are {len(real)} and {len(drawn)}')
+        raise ValueError(f'FID needs at least {2*groups} real and as many drawn pictures, and thousands to mean '
+            f'something; there are {len(real)} and {len(drawn)}')
     parts = leave_out(real, drawn, groups)
     warning = (f'FID of {len(drawn):,} drawn and {len(real):,} real pictures is biased upwards: compare it only with FIDs of as many, '
                'and use 10,000 or more for one that others can compare with.') if min(len(real), len(drawn)) < 10_000 else None
@@ -119,11 +120,13 @@ def _torchmetrics(what):
     "A module of torchmetrics. Raises `ImportError` with the mend."
     try: return import_module(f'torchmetrics.{what}')
     except ImportError as e:
-        raise ImportError(f"this judge needs torchmetrics ({e}): install it with pip install 'matryoshka-diffusion[eval]'") from None
+        raise ImportError(f"this judge needs torchmetrics ({e}): install it with pip install "
+            "'matryoshka-diffusion[eval]'") from None
 
 def _offline(): return os.environ.get('HF_HUB_OFFLINE', '0').lower() in ('1', 'true', 'yes', 'on')
 
-def _is_torchscript(path): return zipfile.is_zipfile(path) and any('/code/' in o for o in zipfile.ZipFile(path).namelist())
+def _is_torchscript(path):
+    return zipfile.is_zipfile(path) and any('/code/' in o for o in zipfile.ZipFile(path).namelist())
 
 def _check_inception(path):
     "Refuse a file that does not hold the weights of Inception v3."
@@ -144,14 +147,17 @@ def load_extractor(
     if str(source) == 'inception':
         path = Path(torch.hub.get_dir())/'checkpoints'/Path(INCEPTION).name
         if not path.is_file() and _offline():
-            raise FileNotFoundError(f'FID: the weights of Inception v3 are not on this machine, and HF_HUB_OFFLINE forbids to fetch them. Copy {INCEPTION} here, and give its path instead of inception.')
+            raise FileNotFoundError('FID: the weights of Inception v3 are not on this machine, and HF_HUB_OFFLINE '
+                f'forbids to fetch them. Copy {INCEPTION} here, and give its path instead of inception.')
     elif not path.is_file():
-        raise FileNotFoundError(f'FID: there is no file {path}; give a TorchScript file, the weights of Inception v3, or the word inception to fetch those')
+        raise FileNotFoundError(f'FID: there is no file {path}; give a TorchScript file, the weights of Inception v3, '
+            'or the word inception to fetch those')
     elif _is_torchscript(path): return torch.jit.load(str(path), map_location=device).eval()
     if path.is_file(): _check_inception(path)
     weights = str(path) if path.is_file() else None
     try: return fid.NoTrainInceptionV3('inception-v3-compat', ['2048'], weights).to(device)
-    except OSError as e: raise OSError(f'FID: {INCEPTION} could not be fetched ({e}). Copy it here, and give its path instead of inception.') from None
+    except OSError as e:
+        raise OSError(f'FID: {INCEPTION} could not be fetched ({e}). Copy it here, and give its path instead of inception.') from None
 
 # %% ../../nbs/4_use/01_judges.ipynb #664c9032
 @torch.no_grad()
@@ -166,7 +172,8 @@ def extract_features(
         f = extractor(pictures.to(device))
         if not isinstance(f, Tensor) or f.ndim != 2 or len(f) != len(pictures) or not f.isfinite().all():
             got = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f'FID: the network gave {got} for {len(pictures)} pictures; expected finite features [{len(pictures)},D]')
+            raise ValueError(f'FID: the network gave {got} for {len(pictures)} pictures; expected finite features '
+                f'[{len(pictures)},D]')
         index += numbers
         rows.append(f.float().cpu().numpy())
     return dict(index=np.array(index, dtype=int), features=np.concatenate(rows) if rows else np.zeros((0, 0)))
@@ -179,7 +186,9 @@ def load_clip(
     "Load CLIP. Raises `ImportError`, or `OSError` that names the place where it was looked for."
     _torchmetrics('functional.multimodal')
     from transformers import CLIPModel, CLIPProcessor
-    try: model, processor = CLIPModel.from_pretrained(str(source)).to(device).eval(), CLIPProcessor.from_pretrained(str(source))
+    try:
+        model = CLIPModel.from_pretrained(str(source)).to(device).eval()
+        processor = CLIPProcessor.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as e:
         cause = ' '.join(str(e).split()).split('. ')[0]
         raise OSError(f'CLIP could not be loaded from {str(source)!r}: {cause}. Give a folder that save_pretrained of CLIPModel and CLIPProcessor wrote, '

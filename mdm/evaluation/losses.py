@@ -32,7 +32,8 @@ def read_pictures(
     loader.dataset.rank, loader.dataset.world = 0, 1         # read all of it; the blocks are divided here
     for k, (pictures, captions, micros) in enumerate(loader):
         m = len(captions) if n is None else min(len(captions), n - start)
-        if k % world == rank: yield range(start, start + m), pictures[:m], captions[:m], {name: v[:m] for name, v in micros.items()}
+        if k % world == rank:
+            yield range(start, start + m), pictures[:m], captions[:m], {name: v[:m] for name, v in micros.items()}
         start += m
         if start == n: return
 
@@ -94,7 +95,9 @@ def plot_losses(
         for k, (pixels, mean) in enumerate(zip(o['resolutions'], map(np.array, o['mean']))):
             label = f'{name}: {pixels} pixels' if len(losses) > 1 else f'{pixels} pixels'
             ax.plot(middle, mean, f'C{k}{dashes}', marker='.', label=label)
-            if o['se']: ax.fill_between(middle, mean - 2*np.array(o['se'][k]), mean + 2*np.array(o['se'][k]), color=f'C{k}', alpha=.2, lw=0)
+            if o['se']:
+                ax.fill_between(middle, mean - 2*np.array(o['se'][k]), mean + 2*np.array(o['se'][k]), color=f'C{k}',
+                    alpha=.2, lw=0)
     ax.set(xlabel='noise level t/N (0: clean, 1: noise)', ylabel=f"squared error of {o['target']}", ylim=(0, None))
     ax.legend()
     return fig

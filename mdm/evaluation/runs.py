@@ -58,7 +58,8 @@ def run_settings(
     "Everything that the pictures of a run depend on."
     recipe = pipe.recipe
     settings = dict(
-        weights=fingerprint(pipe.model), captions=short_hash(captions), pictures=len(captions), image_size=recipe.data.image_size,
+        weights=fingerprint(pipe.model), captions=short_hash(captions), pictures=len(captions),
+        image_size=recipe.data.image_size,
         text_encoder=recipe.text.encoder, bf16=pipe.bf16, seed=seed, negative_prompt=negative_prompt, **asdict(config or recipe.sample))
     return json.loads(json.dumps(settings))
 
@@ -72,7 +73,8 @@ def read_json(
 
 def _check_settings(folder, there, now):
     "Refuse to continue a run of other settings, naming those that differ."
-    differ = [f'{k}: {there.get(k)!r} there, {now.get(k)!r} now' for k in {**there, **now} if there.get(k) != now.get(k)]
+    differ = [f'{k}: {there.get(k)!r} there, {now.get(k)!r} now'
+        for k in {**there, **now} if there.get(k) != now.get(k)]
     if not differ: return
     raise FileExistsError(f"{folder} holds pictures that were made in another way ({'; '.join(differ)}). "
         'Choose another folder for this run, or go back to the settings of that one.')
@@ -89,10 +91,14 @@ def claim_run(
         _check_settings(folder, read_json(folder/'run.json')['settings'], settings)
         return folder
     if folder.is_file(): raise FileExistsError(f'{folder} is a file; a run needs a folder')
-    other = sorted(p.name for p in folder.iterdir() if p.name[0] != '.' and p.name not in ('pictures', 'parts')) if folder.is_dir() else []
-    if other: raise FileExistsError(f'{folder} holds something that is not a run of this command ({other[0]}): choose another folder')
+    other = sorted(p.name for p in folder.iterdir()
+        if p.name[0] != '.' and p.name not in ('pictures', 'parts')) if folder.is_dir() else []
+    if other:
+        raise FileExistsError(f'{folder} holds something that is not a run of this command ({other[0]}): choose '
+            'another folder')
     (folder/'pictures').mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder/'run.json') as f: f.write(json.dumps(dict(settings=settings, captions=captions), indent=1).encode())
+    with atomic_write(folder/'run.json') as f:
+        f.write(json.dumps(dict(settings=settings, captions=captions), indent=1).encode())
     return folder
 
 # %% ../../nbs/4_use/03_runs.ipynb #3723a3f2
@@ -116,7 +122,8 @@ def sample_missing(
     progress:Callable|None=None, # called with ('sampling', pictures done, pictures to do)
 )->int: # pictures drawn
     "Draw the missing pictures of this process."
-    todo = [b for b in own_blocks(len(captions), batch_size, rank, world) if not all(picture_path(folder, i).exists() for i in b)]
+    todo = [b for b in own_blocks(len(captions), batch_size, rank, world)
+        if not all(picture_path(folder, i).exists() for i in b)]
     total, done = sum(map(len, todo)), 0
     for block in todo:
         seeds = [seed + i for i in block]
@@ -124,7 +131,8 @@ def sample_missing(
             if progress: progress('sampling', done + len(block)*step.index//step.total, total)
         for i, picture in zip(block, to_pil(step.x[0])):
             if picture_path(folder, i).exists(): continue
-            with atomic_write(picture_path(folder, i)) as f: f.write(png_bytes(picture, caption=captions[i], seed=seed + i))
+            with atomic_write(picture_path(folder, i)) as f:
+                f.write(png_bytes(picture, caption=captions[i], seed=seed + i))
         done += len(block)
     return total
 
@@ -132,7 +140,8 @@ def sample_missing(
 def _load_picture(path):
     try: return torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1)
     except FileNotFoundError: raise
-    except (OSError, SyntaxError) as e: raise ValueError(f'{path} is damaged ({e}): remove it, and the same command draws it again') from e
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f'{path} is damaged ({e}): remove it, and the same command draws it again') from e
 
 def load_pictures(
     folder:str|Path, # of a run

@@ -32,7 +32,8 @@ def violations(
     "The rules that settings break, in words."
     dot = f'{place}.' if place else ''
     rules = config.rules() if hasattr(config, 'rules') else []
-    return [f'{dot}{name}: found {getattr(config, name)!r}, expected {want.replace("{place}.", dot)}' for broken, name, want in rules if broken]
+    line = lambda name, want: f'{dot}{name}: found {getattr(config, name)!r}, expected {want.replace("{place}.", dot)}'
+    return [line(name, want) for broken, name, want in rules if broken]
 
 # %% ../../nbs/0_ground/04_configs.ipynb #c8fb4659
 class ConfigError(ValueError):
@@ -119,7 +120,8 @@ def changed(
     **changes, # new values by field; None: leave it as it is
 )->object: # a changed copy; raises `ConfigError` for what cannot work
     "Settings with changes, checked."
-    new, problems = read_config(type(config), {**asdict(config), **{k: v for k, v in changes.items() if v is not None}}, place, strict=False)
+    values = {**asdict(config), **{k: v for k, v in changes.items() if v is not None}}
+    new, problems = read_config(type(config), values, place, strict=False)
     if problems: raise ConfigError(place, problems)
     return new
 
@@ -155,11 +157,17 @@ def _option(name, hint, default, help):
         optional = type(None) in get_args(hint)
         hint = next(o for o in get_args(hint) if o is not type(None))
     if get_origin(hint) is Annotated: bounds, hint = _bounds(hint.__metadata__), get_args(hint)[0]
-    if get_origin(hint) is Literal: return Option(name, type(get_args(hint)[0]), default, help, get_args(hint), optional=optional)
+    if get_origin(hint) is Literal:
+        return Option(name, type(get_args(hint)[0]), default, help, get_args(hint), optional=optional)
     if get_origin(hint) is tuple:
         one = _option(name, get_args(hint)[0], default, help)
         return Option(name, one.kind, default, help, one.choices, len(get_args(hint)), one.low, one.high, optional)
     return Option(name, get_origin(hint) or hint, default, help, low=bounds[0], high=bounds[1], optional=optional)
+
+def _default(f):
+    "The default value of a field; None where there is none."
+    if f.default_factory is not MISSING: return f.default_factory()
+    return None if f.default is MISSING else f.default
 
 def options(
     cls:type, # class of settings
@@ -168,5 +176,4 @@ def options(
     hints, docs = get_type_hints(cls, include_extras=True), {}
     for c in reversed(cls.__mro__):                          # a subclass has the comments of its own fields only
         if is_dataclass(c): docs |= {k: v for k, v in docments(c).items() if v}
-    default = lambda f: f.default_factory() if f.default_factory is not MISSING else None if f.default is MISSING else f.default
-    return [_option(f.name, hints[f.name], default(f), (docs.get(f.name) or '').strip()) for f in fields(cls)]
+    return [_option(f.name, hints[f.name], _default(f), docs.get(f.name, '').strip()) for f in fields(cls)]

@@ -98,7 +98,8 @@ def only_writer(
     try:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise FileExistsError(f'another run is writing into {folder} at this moment: wait for it, or choose another folder') from e
+            raise FileExistsError(f'another run is writing into {folder} at this moment: wait for it, or choose '
+                'another folder') from e
         except OSError: pass                                 # a network drive without locks
         yield
     finally:

@@ -79,7 +79,8 @@ def pixel_tensors(
         raise TypeError(f'pictures: {wanted} {pictures.dtype} {list(pictures.shape)}; use signal_to_pixels for a signal')
     if not isinstance(pictures, (list, tuple)): raise TypeError(f'pictures: {wanted} {type(pictures).__name__}')
     for p in pictures:
-        if not isinstance(p, Image.Image): raise TypeError(f'pictures: {wanted} {type(pictures).__name__} with {type(p).__name__} in it')
+        if not isinstance(p, Image.Image):
+            raise TypeError(f'pictures: {wanted} {type(pictures).__name__} with {type(p).__name__} in it')
     return [torch.from_numpy(np.array(p.convert('RGB'))).permute(2, 0, 1) for p in pictures]
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #ca3d06b4
@@ -129,7 +130,8 @@ def contact_sheet(
     captions = ['']*len(rows[0]) if captions is None else captions
     if len({len(captions), *map(len, rows)}) != 1 or not len(captions):
         more = f', {len(rows[1])} inner pictures' if inner is not None else ''
-        raise ValueError(f'contact_sheet: {len(rows[0])} pictures, {len(captions)} captions{more}; give as many of each, at least one')
+        raise ValueError(f'contact_sheet: {len(rows[0])} pictures, {len(captions)} captions{more}; give as many of '
+            'each, at least one')
     rows = [[p.resize(q.size, Image.Resampling.NEAREST) for p, q in zip(row, rows[0])] for row in rows]
     w, h, font = max(p.width for p in rows[0]), max(p.height for p in rows[0]), ImageFont.load_default(12)
     texts, columns = [wrap_text(c, font, w) for c in captions], min(columns, len(captions))
