@@ -2,10 +2,12 @@
 import argparse, collections, io, json, os, pickle, struct, subprocess, sys, types, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
-from mdm.checkpoint import Inert, UnsafeCheckpoint, convert, find_checkpoint, load_checkpoint, load_inner, load_model, load_released, load_weights, read_pickle, save_checkpoint, save_released, text_width
+from mdm.checkpoint import Inert, find_checkpoint, load_checkpoint, load_inner, load_model, load_weights, read_pickle, save_checkpoint, text_width
+from mdm.reference.checkpoints import UnsafeCheckpoint, convert, load_released, save_released
 from mdm.utils.files import atomic_folder, bundled, readable
 from mdm.models.nested_unet import create_model
-from mdm.recipe import load_recipe, to_reference
+from mdm.recipe import load_recipe
+from mdm.reference.recipes import to_reference
 
 tiny = ['model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
         'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']

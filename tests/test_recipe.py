@@ -4,7 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch, yaml
 from mdm.models.nested_unet import NestedUNetConfig, create_model, model_scales
-from mdm.recipe import Recipe, RecipeError, TrainConfig, build_recipe, check_recipe, from_reference, is_reference, load_recipe, recipe_dict, save_recipe, to_reference, translate, valid_keys
+from mdm.recipe import Recipe, RecipeError, TrainConfig, build_recipe, check_recipe, load_recipe, recipe_dict, save_recipe, valid_keys
+from mdm.reference.recipes import from_reference, is_reference, to_reference, translate
 from mdm.utils.configs import nearest
 from mdm.utils.files import presets
 from mdm.diffusion.sampler import SampleConfig
