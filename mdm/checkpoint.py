@@ -55,7 +55,8 @@ def _versions():
 def _refuse_to_replace(folder):
     "Raise `FileExistsError` when a folder holds something else than a checkpoint."
     if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').is_file():
-        raise FileExistsError(f'{folder} holds something that is not a checkpoint, which would be lost: choose another folder.')
+        raise FileExistsError(f'{folder} holds something that is not a checkpoint, which would be lost: '
+                              'choose another folder.')
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #f72bd671
 def save_checkpoint(
@@ -68,7 +69,7 @@ def save_checkpoint(
     more:dict[str, dict[str, Tensor]]|None=None, # further files of tensors by name, such as the optimizer's
     **extra, # anything that JSON can hold, to find in `Checkpoint.extra`
 )->Path: # the folder
-    "Write a checkpoint, as a whole or not at all. Raises `FileExistsError` rather than replace a folder that is no checkpoint."
+    "Write a checkpoint, as a whole or not at all. Raises `FileExistsError` where something else would be replaced."
     folder = Path(folder)
     _refuse_to_replace(folder)
     groups = {'model': model_state}
@@ -103,7 +104,8 @@ def read_state(
         int(about['step'])
     except (ValueError, KeyError, TypeError): raise ValueError(f"{folder/'state.json'} is damaged. {_mend}") from None
     if number != FORMAT:
-        raise ValueError(f"{folder} was written in format {number}, and this version of mdm reads format {FORMAT}. Update mdm.")
+        raise ValueError(f'{folder} was written in format {number}, and this version of mdm reads format {FORMAT}. '
+                         'Update mdm.')
     _check_sizes(folder, sizes)
     return about
 
@@ -111,7 +113,8 @@ def _check_sizes(folder, sizes):
     "Raise `ValueError` for a file that has not the size that it was written with."
     for name, size in sizes.items():
         found = (folder/name).stat().st_size if (folder/name).is_file() else 0
-        if found != size: raise ValueError(f'{folder/name} has {found} bytes where {size} were written: it was cut short. {_mend}')
+        if found != size:
+            raise ValueError(f'{folder/name} has {found} bytes where {size} were written: it was cut short. {_mend}')
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #bf506ba4
 @dataclass
@@ -145,7 +148,8 @@ def weights(self:Checkpoint,
     if ema in (None, main): return self.tensors('model')
     others = [float(p.stem.removeprefix('model_')) for p in self.folder.glob('model_*.safetensors')]
     if float(ema) in others: return self.tensors(f'model_{float(ema)}')
-    raise FileNotFoundError(f"{self.folder} has no moving average with decay {ema}, only {', '.join(map(str, [main, *others]))}.")
+    known = ', '.join(map(str, [main, *others]))
+    raise FileNotFoundError(f'{self.folder} has no moving average with decay {ema}, only {known}.')
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #9b06aade
 def _is_checkpoint(folder): return any((folder/name).exists() for name in ('state.json', 'model.safetensors'))
@@ -168,7 +172,7 @@ def _checkpoints_in(path):
 def find_checkpoint(
     path:str|Path, # a checkpoint, a folder of checkpoints, or the name of a bundled model
 )->Path: # the checkpoint itself, or the whole one with the most steps
-    "The checkpoint that a path means; warns of damaged ones beside it. Raises `FileNotFoundError`, or `ValueError` for a damaged one."
+    "Find the checkpoint that a path means. Warns of damaged ones beside it; raises `FileNotFoundError` or `ValueError`."
     asked, path = Path(path), readable(path)
     if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}.')
     if _is_checkpoint(path):
@@ -176,9 +180,9 @@ def find_checkpoint(
         return path
     found, broken = _checkpoints_in(path)
     if not found:
-        # a folder of shards, say, that has the name of a bundled model
-        namesake = asked.parent == Path() and (bundled/asked.name/'state.json').is_file() and not (path/'recipe.yaml').exists()
-        if namesake and not broken: return bundled/asked.name
+        named = bundled/asked.name                           # the folder may hold shards, say, and have a bundled model's name
+        begun = (path/'recipe.yaml').exists()                # or a training before its first checkpoint
+        if asked.parent == Path() and (named/'state.json').is_file() and not begun and not broken: return named
         raise FileNotFoundError(' '.join([f'There is no complete checkpoint in {path}.', *broken]))
     best = max(found, key=lambda o: o[0])[1]
     for line in broken: warnings.warn(f'{line} Meanwhile {best} is used.')
@@ -246,11 +250,13 @@ def read_foreign(
 )->dict[str, Tensor]: # by name
     "The weights in a file of another program. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'There is neither a checkpoint folder nor a file of weights called {path}.')
+    if not path.is_file():
+        raise FileNotFoundError(f'There is neither a checkpoint folder nor a file of weights called {path}.')
     if path.suffix not in checkpoint_formats: load_formats()
     if path.suffix not in checkpoint_formats:
         known = ', '.join(sorted(checkpoint_formats))
-        raise ValueError(f'{path} is neither a checkpoint folder nor a file of a known kind: expected a name that ends in {known}.')
+        raise ValueError(f'{path} is neither a checkpoint folder nor a file of a known kind: '
+                         f'expected a name that ends in {known}.')
     return checkpoint_formats[path.suffix](path)
 
 def load_state(
@@ -271,7 +277,8 @@ def recipe_for(
     if recipe is not None: return load_recipe(recipe)
     beside = Path(path).with_suffix('.yaml')
     if beside.is_file(): return load_recipe(beside)
-    raise FileNotFoundError(f"{path} does not describe its model. Name its recipe: one of the presets {', '.join(presets())}, "
+    raise FileNotFoundError(f'{path} does not describe its model. Name its recipe: '
+                            f"one of the presets {', '.join(presets())}, "
                             f'or a YAML file (one called {beside.name} next to it is found by itself).')
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #91a18775

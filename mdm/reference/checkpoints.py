@@ -8,6 +8,7 @@ __all__ = ['UnsafeCheckpoint', 'StandIn', 'PickleFacts', 'inspect_pickle', 'Rele
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #7f194f34
 import argparse, io, math, pickletools, struct, warnings, zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,26 +30,27 @@ class UnsafeCheckpoint(ValueError):
 _storages = {f'torch.{name}Storage': getattr(torch, dtype) for name, dtype in dict(
     Float='float32', Half='float16', BFloat16='bfloat16', Double='float64', Long='int64', Int='int32', Short='int16',
     Char='int8', Byte='uint8', Bool='bool').items()}
-_native = {*_storages, *map(str, _storages.values()), 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_parameter',
-           'torch.Size', 'torch.device', 'collections.OrderedDict', 'builtins.set', 'builtins.complex', '_codecs.encode'}
+_native = {*_storages, *map(str, _storages.values()), *'''torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter
+    torch.Size torch.device collections.OrderedDict builtins.set builtins.complex _codecs.encode'''.split()}
 _families = set('''ml_mdm argparse config reader samplers diffusion models language_models trainer evaluator
     simple_parsing'''.split())                               # modules of the reference, old and new
-_builtins = 'object frozenset list dict tuple int float str bool bytes slice range'.split()
-_plain = {*(f'builtins.{name}' for name in _builtins), 'numpy.dtype', 'numpy.ndarray', 'copyreg._reconstructor', 'types.SimpleNamespace',
-          *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('scalar', '_reconstruct')),
-          *(f'pathlib{m}.{name}' for m in ('', '._local') for name in ('Path', 'PosixPath', 'PurePosixPath', 'WindowsPath'))}
+_plain = {f'{module}.{name}' for modules, names in {
+    'builtins': 'object frozenset list dict tuple int float str bool bytes slice range',
+    'numpy.core.multiarray numpy._core.multiarray': 'scalar _reconstruct',
+    'numpy': 'dtype ndarray', 'copyreg': '_reconstructor', 'types': 'SimpleNamespace',
+    'pathlib pathlib._local': 'Path PosixPath PurePosixPath WindowsPath',
+    }.items() for module in modules.split() for name in names.split()}
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #8df7d8b4
 def _require(ok, what):
     "Raise `UnsafeCheckpoint` unless `ok`."
     if not ok: raise UnsafeCheckpoint(what)
 
-_renamed = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}       # torch.save uses Python 2's names
-
 def _allowed_name(text):
-    "The dotted name that an instruction fetches, given as 'module name'. Raises `UnsafeCheckpoint` for an unexpected one."
-    module, _, name = text.partition(' ')
-    path = f'{_renamed.get(module, module)}.{name}'
+    "The dotted name that an instruction fetches, from 'module name'. Raises `UnsafeCheckpoint` for an unexpected one."
+    module, _, name = text.partition(' ')                    # of Python 2, which torch.save writes
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    path = f'{module}.{name}'
     _require(module.split('.')[0] in _families or path in _native | _plain,
              f'the file asks for {path}, which no checkpoint needs: it was refused, and nothing in the file was run')
     return path
@@ -88,8 +90,8 @@ class _Item(NamedTuple):
 class _Name(str): "The dotted name of something that the file fetches."
 _mark = _Item('mark')        # start of a list of arguments on the stack
 
-_instructions = set('''PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 TUPLE2 TUPLE3
-    EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 BINFLOAT LONG1 BINUNICODE
+_instructions = set('''PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS
+    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 BINFLOAT LONG1 BINUNICODE
     SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT'''.split())      # those that torch.load runs
 
 @dataclass
@@ -115,18 +117,21 @@ def take(self:PickleFacts, op):
 @patch
 def storage(self:PickleFacts, pid):
     "Note a storage, from ('storage', type, key, device, count of numbers)."
-    ok = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == 'storage' and isinstance(pid[1], _Name) and pid[1] in _storages
-    ok = ok and isinstance(pid[2], str) and type(pid[4]) is int and pid[4] >= 0 and pid[5:] in ((), (None,))
-    _require(ok, 'it holds a storage of an unknown kind')
-    size = pid[4]*_storages[pid[1]].itemsize
-    _require(self.storages.setdefault(pid[2], size) == size, f'its storage {pid[2]} has two sizes')
+    unknown = 'it holds a storage of an unknown kind'
+    _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[5:] in ((), (None,)), unknown)
+    what, kind, key, _, count = pid[:5]
+    _require(what == 'storage' and isinstance(kind, _Name) and kind in _storages and isinstance(key, str), unknown)
+    _require(type(count) is int and count >= 0, unknown)
+    size = count*_storages[kind].itemsize
+    _require(self.storages.setdefault(key, size) == size, f'its storage {key} has two sizes')
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #95bbb872
 @patch
 def step(self:PickleFacts, op, arg):
     "Follow one instruction; returns the object that it leaves on the stack."
     name = op.name
-    if name == 'PROTO': _require(arg == 2, f'it is a pickle of protocol {arg}, and torch.save writes protocol 2. Save a file of your own again with torch.save')
+    _require(name != 'PROTO' or arg == 2, f'it is a pickle of protocol {arg}, and torch.save writes protocol 2. '
+                                          'Save a file of your own again with torch.save')
     _require(name in _instructions, f'it holds the instruction {name}, which torch.save does not write')
     if name.endswith('PUT'):
         self.memo[arg] = self.stack[-1]
@@ -142,7 +147,8 @@ def step(self:PickleFacts, op, arg):
     elif name == 'BINPERSID': self.storage(parts[0].value)
     elif name == 'STOP': self.value = parts[0].value
     elif name == 'REDUCE' and parts[0].value == '_codecs.encode':          # bytes, which protocol 2 writes as text
-        _require(isinstance(parts[1].value, tuple) and parts[1].value[1:] == ('latin1',), 'it encodes a text in an unusual way')
+        args = parts[1].value
+        _require(isinstance(args, tuple) and args[1:] == ('latin1',), 'it encodes a text in an unusual way')
     if op.stack_after: self.stack.append(new)
     return new
 
@@ -158,7 +164,8 @@ def inspect_pickle(
         for n, (op, arg, _) in enumerate(pickletools.genops(file)):
             size = facts.step(op, arg).size
             work += size
-            _require(n < limit and size <= tuples and work <= 10*limit, 'it is far larger than a checkpoint needs to be')
+            fine = n < limit and size <= tuples and work <= 10*limit
+            _require(fine, 'it is far larger than a checkpoint needs to be')
     except UnsafeCheckpoint: raise
     except (ValueError, IndexError, KeyError, OverflowError, EOFError, AssertionError, MemoryError, struct.error) as e:
         raise UnsafeCheckpoint(f'its pickle is damaged ({type(e).__name__}: {e})') from None
@@ -188,7 +195,8 @@ def _inspect_zip(file, size):
     parts = {e.filename: e.file_size for e in entries}
     root = entries[0].filename.partition('/')[0] + '/' if entries else ''
     unique = len({k.lower() for k in parts}) == len(entries)
-    _require(root + 'data.pkl' in parts and unique and all(k.startswith(root) for k in parts), 'it is a zip file, but not one of torch.save')
+    ours = root + 'data.pkl' in parts and unique and all(k.startswith(root) for k in parts)
+    _require(ours, 'it is a zip file, but not one of torch.save')
     def read(name):
         file.seek(starts[root + name])
         return file.read(parts[root + name])
@@ -239,6 +247,7 @@ class ReleasedCheckpoint:
 def _own_tensor(x, name):
     "A tensor without its history. Raises `UnsafeCheckpoint` when it has more numbers than its storage."
     _require(isinstance(x, Tensor), f'the entry {name} is not a tensor')
+    _require(x.dim() <= 16, f'the entry {name} has the shape {list(x.shape)}, of too many dimensions')
     x = x.detach()
     _require(x.numel()*x.element_size() <= x.untyped_storage().nbytes(), f'the entry {name} reaches beyond its storage')
     return x
@@ -250,8 +259,8 @@ def _number(x):
     if not (isinstance(x, StandIn) and x._path.endswith('multiarray.scalar') and len(x._args) == 2): return None
     kind, raw = x._args
     code = kind._args[0] if isinstance(kind, StandIn) and kind._args else None
-    ok = isinstance(code, str) and code in ('f4', 'f8', 'i4', 'i8') and isinstance(raw, bytes) and len(raw) == int(code[1])
-    return np.frombuffer(raw, code)[0].item() if ok else None
+    size = {'f4': 4, 'f8': 8, 'i4': 4, 'i8': 8}.get(code) if isinstance(code, str) else None
+    return np.frombuffer(raw, code)[0].item() if isinstance(raw, bytes) and len(raw) == size else None
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #6ec68138
 def _plain_map(v, what):
@@ -290,14 +299,16 @@ def save_released(
     "Write a file in the reference's layout, as a whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = dict(state_dict={k: v.detach().cpu() for k, v in state_dict.items()}, batch_num=step, loss=0., best_avg_loss=math.inf,
-                   exp_avg_loss=0., exp_avg_loss_var=0., args=argparse.Namespace(**(args or {})))
+    weights = {k: v.detach().cpu() for k, v in state_dict.items()}
+    losses = dict(loss=0., best_avg_loss=math.inf, exp_avg_loss=0., exp_avg_loss_var=0.)
+    content = dict(state_dict=weights, batch_num=step, **losses, args=argparse.Namespace(**(args or {})))
     with atomic_write(path) as f: torch.save(content, f)
     return path
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #f957b0cf
 def _folder_to_file(folder, path):
-    if path.suffix != '.pth': raise ValueError(f'{folder} is a folder, so it is converted to a file: give {path} a name that ends in .pth.')
+    if path.suffix != '.pth':
+        raise ValueError(f'{folder} is a folder, so it is converted to a file: give {path} a name that ends in .pth.')
     checkpoint = load_checkpoint(folder)
     settings = to_reference(checkpoint.recipe)
     save_released(path, checkpoint.weights(), checkpoint.step, settings)
@@ -306,18 +317,21 @@ def _folder_to_file(folder, path):
     return path
 
 def _file_to_folder(path, folder, recipe):
-    if folder.suffix == '.pth' or folder.is_file(): raise ValueError(f'{path} is converted to a folder, and {folder} is the name of a file.')
-    if not path.is_file(): raise FileNotFoundError(f'There is neither a checkpoint folder nor a .pth file called {path}.')
+    if folder.suffix == '.pth' or folder.is_file():
+        raise ValueError(f'{path} is converted to a folder, and {folder} is the name of a file.')
+    if not path.is_file():
+        raise FileNotFoundError(f'There is neither a checkpoint folder nor a .pth file called {path}.')
     recipe, released = recipe_for(path, recipe), load_released(path)
     with torch.device('meta'): model = create_model(recipe.model, text_width(recipe.model, released.state_dict))
     load_weights(model, released.state_dict, path)           # compares, before anything is written
     return save_checkpoint(folder, recipe, released.state_dict, step=released.step or 0)
 
+# %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #86763191
 def convert(
     src:str|Path, # a checkpoint folder, or a .pth file of the reference
     dst:str|Path, # a .pth file, or a folder
     recipe:Recipe|str|Path|None=None, # recipe of a .pth file; None: the YAML next to it
 )->Path: # what was written
-    "Turn a checkpoint folder into a file of the reference, or the other way round. Raises `FileNotFoundError` or `ValueError`."
+    "Turn a checkpoint folder into a released file, or the reverse. Raises `FileNotFoundError` or `ValueError`."
     src, dst = Path(src), Path(dst)
     return _folder_to_file(src, dst) if readable(src).is_dir() else _file_to_folder(src, dst, recipe)

@@ -127,11 +127,12 @@ _top_keys = dict(
     output_dir=('train.output', _same), **_mixing)
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #ba49fd61
-_placeholders = set('model vision_model num_channels output_channels nesting conditioning_feature_dim use_lm_mask'.split())
-_idle = set('''append_eos avg_lm_steps categorical_conditioning dataset_config dataset_config_file device loss_factor metrics
-    min_examples model_config_file no_use_residual num_epochs num_eval_batches pad_to_max_length padding_token predict_variances
-    prediction_length prepad_bos prepad_caption_with_space pretrained_text_embeddings pretrained_vision_file reader_buffer_size
-    reader_config_file rescale_schedule sample_dir sample_image_size smaller_side_size test_file_list
+_placeholders = set('''model vision_model num_channels output_channels nesting conditioning_feature_dim
+    use_lm_mask'''.split())
+_idle = set('''append_eos avg_lm_steps categorical_conditioning dataset_config dataset_config_file device loss_factor
+    metrics min_examples model_config_file no_use_residual num_epochs num_eval_batches pad_to_max_length padding_token
+    predict_variances prediction_length prepad_bos prepad_caption_with_space pretrained_text_embeddings
+    pretrained_vision_file reader_buffer_size reader_config_file rescale_schedule sample_dir sample_image_size smaller_side_size test_file_list
     use_precomputed_text_embeddings use_tokenizer_scores use_residual vocab_file'''.split())
 _absent = set('''interp_conditioning num_temporal_attention_layers random_low_noise reproject_signal temporal_mode
     temporal_positional_encoding temporal_spatial_ds'''.split())
@@ -168,7 +169,8 @@ def value(self:_Translation, v, translate, at):
 def other_key(self:_Translation, key, v, at, known):
     "Report a key that no table translates."
     if key in _absent:
-        if v and _flag(v): self.problems.append(f'{at}: found {v!r}; this feature of the reference is not available here')
+        if v and _flag(v):
+            self.problems.append(f'{at}: found {v!r}; this feature of the reference is not available here')
     elif key in _idle: self.ignored.append(f'{at}={v!r}')
     elif key not in _placeholders and key not in known:
         near = get_close_matches(str(key), [*known, *_placeholders, *_idle, *_absent], 1)
@@ -185,7 +187,8 @@ def attention_layers(self:_Translation, theirs, place):
     try: counted = list(_ints(counts or []))
     except (ValueError, TypeError): counted = None
     if attended is None or counted is None:
-        self.problems.append(f'{place}.num_attention_layers: found {counts!r} and attention_levels {levels!r}, expected lists of integers')
+        self.problems.append(f'{place}.num_attention_layers: found {counts!r} and attention_levels {levels!r}, '
+                             'expected lists of integers')
         return None
     return [n if i in attended else 0 for i, n in enumerate(counted)]
 
@@ -196,7 +199,8 @@ _text_keys = ('text_proj_dim', 'num_text_layers', 'masked_cross_attention')
 @patch
 def network(self:_Translation, theirs, place):
     "The `model` section of a recipe, from their `unet_config`."
-    out = self.take(theirs, _network_keys, place, ('attention_levels', 'num_attention_layers', 'resnet_config', 'inner_config'))
+    others = ('attention_levels', 'num_attention_layers', 'resnet_config', 'inner_config')
+    out = self.take(theirs, _network_keys, place, others)
     if not isinstance(theirs, dict): return out
     if theirs.get('resnet_config'): out |= self.take(theirs['resnet_config'], _resnet_keys, f'{place}.resnet_config')
     if (layers := self.attention_layers(theirs, place)) is not None: out['num_attention_layers'] = layers
@@ -224,7 +228,8 @@ def is_reference(
     return bool({'unet_config', 'diffusion_config', 'reader_config', 'vision_model'} & names)
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #80a718c8
-_sampling = {'sample.solver': 'ddim', 'sample.eta': 0., 'sample.spacing': 'uniform', 'sample.steps': 50, 'sample.threshold': 'clip'}
+_sampling = {'sample.solver': 'ddim', 'sample.eta': 0., 'sample.spacing': 'uniform', 'sample.steps': 50,
+             'sample.threshold': 'clip'}
 
 def _settings(t, theirs):
     "All settings but the model's, by dotted name. Takes the sections out of `theirs`."
@@ -255,7 +260,8 @@ def _check_kind(t, theirs, model):
     depth = str(model).count("'inner':")
     kind, want = theirs.get('model') or theirs.get('vision_model'), _kind(depth)
     if kind and kind != want:
-        t.problems.append(f'model: found {kind!r}, expected {want!r}: unet_config holds {depth} inner_config{"s"*(depth != 1)}')
+        s = 's'*(depth != 1)
+        t.problems.append(f'model: found {kind!r}, expected {want!r}: unet_config holds {depth} inner_config{s}')
     if theirs.get('use_lm_mask') is not None and not _flag(theirs['use_lm_mask']):
         t.problems.append('use_lm_mask: found 0, expected 1: prompts always come with their mask here')
 
@@ -301,7 +307,8 @@ def _network_to_reference(c, nesting=False):
         resolution_channels=c.channels, num_resnets_per_resolution=c.num_resnets, temporal_dim=c.time_dim,
         attention_levels=[i for i, n in enumerate(c.num_attention_layers) if n],
         num_attention_layers=c.num_attention_layers, num_temporal_attention_layers=None,
-        conditioning_feature_dim=-1, conditioning_feature_proj_dim=c.text_proj_dim or -1, num_lm_head_layers=c.num_text_layers,
+        conditioning_feature_dim=-1, conditioning_feature_proj_dim=c.text_proj_dim or -1,
+        num_lm_head_layers=c.num_text_layers,
         masked_cross_attention=int(c.masked_cross_attention), skip_cond_emb=not c.pooled_text,
         skip_mid_blocks=not c.mid_blocks, nesting=nesting,
         micro_conditioning=','.join(f'{k}:{v:g}' for k, v in c.micro_conditioning.items()) or None,
@@ -322,7 +329,8 @@ def _diffusion_to_reference(recipe, nested):
     sampler = dict(
         num_diffusion_steps=d.num_steps, schedule_type=d.schedule.upper(), beta_start=d.beta_start, beta_end=d.beta_end,
         prediction_type=names[d.prediction], loss_target_type=names[d.loss_target], rescale_signal=d.rescale_signal,
-        schedule_shifted=d.shifted, schedule_shifted_power=d.shift_power, threshold_function=recipe.sample.threshold.upper())
+        schedule_shifted=d.shifted, schedule_shifted_power=d.shift_power,
+        threshold_function=recipe.sample.threshold.upper())
     out = dict(sampler_config=sampler, model_output_scale=d.output_scale, use_vdm_loss_weights=d.vdm_weights)
     return out | (dict(use_double_loss=d.double_loss) if nested else {})
 
@@ -330,7 +338,8 @@ def _training_to_reference(recipe):
     t = recipe.train
     return dict(
         text_model=recipe.text.encoder, use_lm_mask=1, batch_size=t.batch_size, num_training_steps=t.steps, lr=t.lr,
-        warmup_steps=t.warmup_steps, gradient_clip_norm=t.grad_clip, fp16=int(t.bf16), num_gradient_accumulations=t.accumulate,
+        warmup_steps=t.warmup_steps, gradient_clip_norm=t.grad_clip, fp16=int(t.bf16),
+        num_gradient_accumulations=t.accumulate,
         use_adamw=t.optimizer != 'adam', weight_decay=t.weight_decay, log_freq=t.log_every, save_freq=t.save_every,
         seed=t.seed, output_dir=t.output)
 
@@ -354,7 +363,9 @@ def to_reference(
         max_caption_length=text.max_chars, max_token_length=text.max_tokens,
         shuffle_buffer_size=data.shuffle, num_readers=data.workers)
     return dict(
-        name=recipe.name, model=_kind(depth), vision_model=_kind(depth), unet_config=_network_to_reference(recipe.model),
+        name=recipe.name, model=_kind(depth), vision_model=_kind(depth),
+        unet_config=_network_to_reference(recipe.model),
         diffusion_config=_diffusion_to_reference(recipe, depth > 0),
-        multi_res_weights=_colons(recipe.diffusion.multi_res_weights), mixed_ratio=_colons(recipe.diffusion.mixed_ratio),
+        multi_res_weights=_colons(recipe.diffusion.multi_res_weights),
+        mixed_ratio=_colons(recipe.diffusion.mixed_ratio),
         reader_config=reader, **_training_to_reference(recipe))
