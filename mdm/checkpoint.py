@@ -172,7 +172,7 @@ def _checkpoints_in(path):
 def find_checkpoint(
     path:str|Path, # a checkpoint, a folder of checkpoints, or the name of a bundled model
 )->Path: # the checkpoint itself, or the whole one with the most steps
-    "Find the checkpoint that a path means. Warns of damaged ones beside it; raises `FileNotFoundError` or `ValueError`."
+    "Find a checkpoint. Warns of damaged ones beside it; raises `FileNotFoundError` or `ValueError`."
     asked, path = Path(path), readable(path)
     if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}.')
     if _is_checkpoint(path):
@@ -180,7 +180,7 @@ def find_checkpoint(
         return path
     found, broken = _checkpoints_in(path)
     if not found:
-        named = bundled/asked.name                           # the folder may hold shards, say, and have a bundled model's name
+        named = bundled/asked.name                           # the folder may hold shards, and share its name with a model
         begun = (path/'recipe.yaml').exists()                # or a training before its first checkpoint
         if asked.parent == Path() and (named/'state.json').is_file() and not begun and not broken: return named
         raise FileNotFoundError(' '.join([f'There is no complete checkpoint in {path}.', *broken]))

@@ -255,7 +255,8 @@ def read_sections(
     strict:bool=True, # False: take 1 for true, and '5' for 5
 )->tuple[dict, list[str]]: # model and sections by name, None where a type is wrong; and problems
     "Read the model and every section, each with its own rules."
-    parts, problems = {'model': None}, ['model: missing, expected a mapping with at least channels, num_resnets and num_attention_layers']
+    least = 'channels, num_resnets and num_attention_layers'
+    parts, problems = {'model': None}, [f'model: missing, expected a mapping with at least {least}']
     if 'model' in values: parts['model'], problems = read_model(values['model'], 'model', keys, strict)
     for name, cls in sections.items():
         given = {} if values.get(name) is None else values[name]

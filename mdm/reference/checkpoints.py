@@ -30,8 +30,8 @@ class UnsafeCheckpoint(ValueError):
 _storages = {f'torch.{name}Storage': getattr(torch, dtype) for name, dtype in dict(
     Float='float32', Half='float16', BFloat16='bfloat16', Double='float64', Long='int64', Int='int32', Short='int16',
     Char='int8', Byte='uint8', Bool='bool').items()}
-_native = {*_storages, *map(str, _storages.values()), *'''torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter
-    torch.Size torch.device collections.OrderedDict builtins.set builtins.complex _codecs.encode'''.split()}
+_native = {*_storages, *map(str, _storages.values()), *'''torch._utils._rebuild_tensor_v2
+    torch._utils._rebuild_parameter torch.Size torch.device collections.OrderedDict builtins.set builtins.complex _codecs.encode'''.split()}
 _families = set('''ml_mdm argparse config reader samplers diffusion models language_models trainer evaluator
     simple_parsing'''.split())                               # modules of the reference, old and new
 _plain = {f'{module}.{name}' for modules, names in {
@@ -91,7 +91,8 @@ class _Name(str): "The dotted name of something that the file fetches."
 _mark = _Item('mark')        # start of a list of arguments on the stack
 
 _instructions = set('''PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS
-    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 BINFLOAT LONG1 BINUNICODE
+    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET
+    NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 BINFLOAT LONG1 BINUNICODE
     SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT'''.split())      # those that torch.load runs
 
 @dataclass

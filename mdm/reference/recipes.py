@@ -132,7 +132,8 @@ _placeholders = set('''model vision_model num_channels output_channels nesting c
 _idle = set('''append_eos avg_lm_steps categorical_conditioning dataset_config dataset_config_file device loss_factor
     metrics min_examples model_config_file no_use_residual num_epochs num_eval_batches pad_to_max_length padding_token
     predict_variances prediction_length prepad_bos prepad_caption_with_space pretrained_text_embeddings
-    pretrained_vision_file reader_buffer_size reader_config_file rescale_schedule sample_dir sample_image_size smaller_side_size test_file_list
+    pretrained_vision_file reader_buffer_size reader_config_file rescale_schedule
+    sample_dir sample_image_size smaller_side_size test_file_list
     use_precomputed_text_embeddings use_tokenizer_scores use_residual vocab_file'''.split())
 _absent = set('''interp_conditioning num_temporal_attention_layers random_low_noise reproject_signal temporal_mode
     temporal_positional_encoding temporal_spatial_ds'''.split())
