@@ -180,7 +180,7 @@ def find_checkpoint(
         return path
     found, broken = _checkpoints_in(path)
     if not found:
-        named = bundled/asked.name                           # the folder may hold shards, and share its name with a model
+        named = bundled/asked.name                           # a folder of shards may have the name of a model
         begun = (path/'recipe.yaml').exists()                # or a training before its first checkpoint
         if asked.parent == Path() and (named/'state.json').is_file() and not begun and not broken: return named
         raise FileNotFoundError(' '.join([f'There is no complete checkpoint in {path}.', *broken]))

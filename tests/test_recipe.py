@@ -11,8 +11,8 @@ from mdm.diffusion.sampler import SampleConfig
 from mdm.models.unet import UNetConfig
 
 here = Path(__file__).parent
-doll = dict(channels=[32, 32], num_resnets=[1, 1], num_attention_layers=[0, 0])
-small = dict(name='small', model=doll, data=dict(image_size=16), train=dict(steps=100))
+plain = dict(channels=[32, 32], num_resnets=[1, 1], num_attention_layers=[0, 0])
+small = dict(name='small', model=plain, data=dict(image_size=16), train=dict(steps=100))
 
 def problems(values, **kwargs):
     with pytest.raises(RecipeError) as e: build_recipe(values, **kwargs)
@@ -27,7 +27,7 @@ def with_(place, value, base=small):
     d[last] = value
     return out
 
-def nested(**kwargs): return with_('model', dict(doll, time_dim=128, inner=doll) | kwargs, with_('data.image_size', 32))
+def nested(**kwargs): return with_('model', dict(plain, time_dim=128, inner=plain) | kwargs, with_('data.image_size', 32))
 
 # ---- presets
 
@@ -64,7 +64,7 @@ def test_released_presets_build_the_released_models(size):
 # ---- types, keys, suggestions
 
 def test_all_problems_at_once():
-    bad = problems(dict(small, model=dict(doll, num_resnets=[1]), train=dict(steps=5, warmup_steps=9, lr='x'), sample=dict(stpes=3), batch_size=1, data=dict(image_size='16'), text=3))
+    bad = problems(dict(small, model=dict(plain, num_resnets=[1]), train=dict(steps=5, warmup_steps=9, lr='x'), sample=dict(stpes=3), batch_size=1, data=dict(image_size='16'), text=3))
     for place in ('model.num_resnets', 'train.lr', 'sample.stpes', 'batch_size', 'data.image_size', 'text: found 3'): assert any(p.startswith(place) for p in bad), place
     assert not any(p.startswith('model.channels') for p in bad)
 
@@ -96,11 +96,11 @@ def test_empty_section_and_numbers():
 
 def test_inner_decides_the_kind():
     assert type(build_recipe(small).model) is UNetConfig
-    two = build_recipe(with_('model.inner', dict(doll, time_dim=128, inner=doll), with_('data.image_size', 64, nested()))).model
+    two = build_recipe(with_('model.inner', dict(plain, time_dim=128, inner=plain), with_('data.image_size', 64, nested()))).model
     assert isinstance(two, NestedUNetConfig) and isinstance(two.inner, NestedUNetConfig) and type(two.inner.inner) is UNetConfig and model_scales(two) == [4, 2, 1]
     assert any('model.inner: found None' in p for p in problems(with_('model.inner', None)))
     assert 'only a nested model' in problems(with_('model.freeze_inner', True))[0]
-    assert 'did you mean model.inner.channels?' in problems(nested(inner=dict(doll, chanels=[1])))[0]
+    assert 'did you mean model.inner.channels?' in problems(nested(inner=dict(plain, chanels=[1])))[0]
 
 # ---- combinations
 
@@ -122,8 +122,8 @@ def test_combinations(place, value, expected):
 @pytest.mark.parametrize('change,place,expected', [
     (dict(channels=[32], num_resnets=[1], num_attention_layers=[0]), 'model.channels', 'two levels'), (dict(mid_blocks=True), 'model.mid_blocks', 'false'), (dict(pooled_text=True), 'model.pooled_text', 'false'),
     (dict(text_proj_dim=8), 'model.text_proj_dim', 'innermost'), (dict(num_text_layers=1), 'model.num_text_layers', 'innermost'), (dict(masked_cross_attention=False), 'model.masked_cross_attention', 'innermost'),
-    (dict(freeze_inner=True), 'model.freeze_inner', 'model.inner_from'), (dict(time_dim=64), 'model.time_dim', '128, as in model.inner'), (dict(inner=dict(doll, num_groups=64)), 'model.inner.channels', 'multiples of model.inner.num_groups')])
-def test_combinations_of_dolls(change, place, expected):
+    (dict(freeze_inner=True), 'model.freeze_inner', 'model.inner_from'), (dict(time_dim=64), 'model.time_dim', '128, as in model.inner'), (dict(inner=dict(plain, num_groups=64)), 'model.inner.channels', 'multiples of model.inner.num_groups')])
+def test_combinations_of_networks(change, place, expected):
     assert build_recipe(nested())
     bad = problems(nested(**change))
     assert len(bad) == 1 and bad[0].startswith(place) and expected in bad[0], bad
@@ -135,7 +135,7 @@ def test_eta_belongs_to_ddim():
 
 def test_what_is_allowed():
     assert build_recipe(nested(freeze_inner=True, inner_from='a.pth')).model.freeze_inner
-    assert build_recipe(nested(time_dim=64, inner=dict(doll, pooled_text=False))).model.time_dim == 64
+    assert build_recipe(nested(time_dim=64, inner=dict(plain, pooled_text=False))).model.time_dim == 64
     assert build_recipe(with_('diffusion.mixed_ratio', [1, 1], nested())).diffusion.mixed_ratio == [1., 1.]
 
 def test_mixed_ratio_leaves_a_sample():
@@ -209,13 +209,13 @@ def test_training_options_that_exclude_each_other(values, key, want):
 def test_optimizers_that_went(name): assert 'train.optimizer' in problems(with_('train.optimizer', name))[0]
 
 def test_each_problem_is_reported_once():
-    wrong = dict(small, model=dict(doll, num_resnets=[1], time_dim=20, inner=dict(doll, channels=[32, 33])), train=dict(steps=5, warmup_steps=9))
+    wrong = dict(small, model=dict(plain, num_resnets=[1], time_dim=20, inner=dict(plain, channels=[32, 33])), train=dict(steps=5, warmup_steps=9))
     found = problems(wrong)
     assert len(found) == len(set(found)) and len({p.partition(':')[0] for p in found}) == len(found)
 
 def test_other_formats(tmp_path, monkeypatch):
     "A file in another format is translated, checked leniently, and overridden; its problems are reported with ours."
-    translate = lambda values, name: ({'model': dict(doll, channels='no' if values['bad'] else doll['channels']), 'data': {'image_size': '16'}}, ['a: bad'] if values['bad'] else [])
+    translate = lambda values, name: ({'model': dict(plain, channels='no' if values['bad'] else plain['channels']), 'data': {'image_size': '16'}}, ['a: bad'] if values['bad'] else [])
     monkeypatch.setattr('mdm.recipe.recipe_formats', [RecipeFormat(lambda values: 'bad' in values, translate)])
     assert load_text('bad: false\nbad: false', tmp_path, ['train.steps=7']).train.steps == 7          # theirs may repeat a key
     with pytest.raises(RecipeError) as e: load_text('bad: true', tmp_path, ['train.stps=7'])

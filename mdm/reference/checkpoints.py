@@ -31,7 +31,8 @@ _storages = {f'torch.{name}Storage': getattr(torch, dtype) for name, dtype in di
     Float='float32', Half='float16', BFloat16='bfloat16', Double='float64', Long='int64', Int='int32', Short='int16',
     Char='int8', Byte='uint8', Bool='bool').items()}
 _native = {*_storages, *map(str, _storages.values()), *'''torch._utils._rebuild_tensor_v2
-    torch._utils._rebuild_parameter torch.Size torch.device collections.OrderedDict builtins.set builtins.complex _codecs.encode'''.split()}
+    torch._utils._rebuild_parameter torch.Size torch.device collections.OrderedDict builtins.set builtins.complex
+    _codecs.encode'''.split()}
 _families = set('''ml_mdm argparse config reader samplers diffusion models language_models trainer evaluator
     simple_parsing'''.split())                               # modules of the reference, old and new
 _plain = {f'{module}.{name}' for modules, names in {
@@ -101,12 +102,12 @@ class PickleFacts:
     names: set = field(default_factory=set)         # dotted names that it fetches
     storages: dict = field(default_factory=dict)    # bytes of each storage by key
     value: object = None                            # the object that it builds, if that is simple
-    stack: list = field(default_factory=list)
-    memo: dict = field(default_factory=dict)
+    stack: list = field(default_factory=list)       # of `_Item`, as the walk goes on
+    memo: dict = field(default_factory=dict)        # of `_Item` by number, for what occurs again
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #a2223b1c
 @patch
-def take(self:PickleFacts, op):
+def _take(self:PickleFacts, op):
     "Remove the arguments of an instruction from the stack."
     below, parts = list(op.stack_before), []
     if pickletools.stackslice in below:
@@ -116,7 +117,7 @@ def take(self:PickleFacts, op):
     return parts[::-1]
 
 @patch
-def storage(self:PickleFacts, pid):
+def _storage(self:PickleFacts, pid):
     "Note a storage, from ('storage', type, key, device, count of numbers)."
     unknown = 'it holds a storage of an unknown kind'
     _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[5:] in ((), (None,)), unknown)
@@ -128,7 +129,7 @@ def storage(self:PickleFacts, pid):
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #95bbb872
 @patch
-def step(self:PickleFacts, op, arg):
+def _step(self:PickleFacts, op, arg):
     "Follow one instruction; returns the object that it leaves on the stack."
     name = op.name
     _require(name != 'PROTO' or arg == 2, f'it is a pickle of protocol {arg}, and torch.save writes protocol 2. '
@@ -137,7 +138,7 @@ def step(self:PickleFacts, op, arg):
     if name.endswith('PUT'):
         self.memo[arg] = self.stack[-1]
         return _Item()
-    parts = self.take(op)
+    parts = self._take(op)
     new = _Item(arg)
     if name.endswith('GET'): new = self.memo[arg]
     elif name == 'MARK': new = _mark
@@ -145,7 +146,7 @@ def step(self:PickleFacts, op, arg):
         new = _Item(_Name(_allowed_name(arg)))
         self.names.add(new.value)
     elif 'TUPLE' in name: new = _Item(tuple(o.value for o in parts), 1 + sum(o.size for o in parts))
-    elif name == 'BINPERSID': self.storage(parts[0].value)
+    elif name == 'BINPERSID': self._storage(parts[0].value)
     elif name == 'STOP': self.value = parts[0].value
     elif name == 'REDUCE' and parts[0].value == '_codecs.encode':          # bytes, which protocol 2 writes as text
         args = parts[1].value
@@ -163,7 +164,7 @@ def inspect_pickle(
     facts, work = PickleFacts(), 0
     try:
         for n, (op, arg, _) in enumerate(pickletools.genops(file)):
-            size = facts.step(op, arg).size
+            size = facts._step(op, arg).size
             work += size
             fine = n < limit and size <= tuples and work <= 10*limit
             _require(fine, 'it is far larger than a checkpoint needs to be')

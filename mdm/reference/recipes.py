@@ -146,7 +146,7 @@ class _Translation:
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #e67007b9
 @patch
-def take(self:_Translation, theirs, table, place='', extra=()):
+def _take(self:_Translation, theirs, table, place='', extra=()):
     "Translate the keys of `theirs` that are in `table`; report the others, apart from those in `extra`."
     if not isinstance(theirs, dict):
         self.problems.append(f'{place}: found {theirs!r}, expected a mapping of keys to values')
@@ -154,12 +154,12 @@ def take(self:_Translation, theirs, table, place='', extra=()):
     out = {}
     for key, v in theirs.items():
         at = f'{place}.{key}' if place else key
-        if key not in table: self.other_key(key, v, at, [*table, *extra])
-        elif v is not None and (new := self.value(v, table[key][1], at)) is not None: out[table[key][0]] = new
+        if key not in table: self._other_key(key, v, at, [*table, *extra])
+        elif v is not None and (new := self._value(v, table[key][1], at)) is not None: out[table[key][0]] = new
     return out
 
 @patch
-def value(self:_Translation, v, translate, at):
+def _value(self:_Translation, v, translate, at):
     "A translated value, or None."
     try: return translate(v)
     except (ValueError, TypeError, AttributeError) as e:
@@ -167,7 +167,7 @@ def value(self:_Translation, v, translate, at):
         self.problems.append(f'{at}: found {v!r}, expected {want}')
 
 @patch
-def other_key(self:_Translation, key, v, at, known):
+def _other_key(self:_Translation, key, v, at, known):
     "Report a key that no table translates."
     if key in _absent:
         if v and _flag(v):
@@ -180,7 +180,7 @@ def other_key(self:_Translation, key, v, at, known):
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #91833fe2
 @patch
-def attention_layers(self:_Translation, theirs, place):
+def _attention_layers(self:_Translation, theirs, place):
     "Attention layers per level, 0 where `attention_levels` does not name the level."
     levels, counts = theirs.get('attention_levels'), theirs.get('num_attention_layers')
     try: attended = set(_ints(levels or []))
@@ -198,17 +198,17 @@ _nested_keys = ('inner_input', 'normalize_input', 'freeze_inner', 'inner_from')
 _text_keys = ('text_proj_dim', 'num_text_layers', 'masked_cross_attention')
 
 @patch
-def network(self:_Translation, theirs, place):
+def _network(self:_Translation, theirs, place):
     "The `model` section of a recipe, from their `unet_config`."
     others = ('attention_levels', 'num_attention_layers', 'resnet_config', 'inner_config')
-    out = self.take(theirs, _network_keys, place, others)
+    out = self._take(theirs, _network_keys, place, others)
     if not isinstance(theirs, dict): return out
-    if theirs.get('resnet_config'): out |= self.take(theirs['resnet_config'], _resnet_keys, f'{place}.resnet_config')
-    if (layers := self.attention_layers(theirs, place)) is not None: out['num_attention_layers'] = layers
+    if theirs.get('resnet_config'): out |= self._take(theirs['resnet_config'], _resnet_keys, f'{place}.resnet_config')
+    if (layers := self._attention_layers(theirs, place)) is not None: out['num_attention_layers'] = layers
     inner = theirs.get('inner_config')
     unread = _nested_keys if inner is None else _text_keys
     out = {k: v for k, v in out.items() if k not in unread}
-    return out if inner is None else {**out, 'mid_blocks': False, 'inner': self.network(inner, f'{place}.inner_config')}
+    return out if inner is None else {**out, 'mid_blocks': False, 'inner': self._network(inner, f'{place}.inner_config')}
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #1db5b431
 def from_reference(
@@ -216,7 +216,7 @@ def from_reference(
 )->UNetConfig: # `UNetConfig` or `NestedUNetConfig`
     "Translate a model configuration of the reference. Raises `RecipeError`."
     t = _Translation()
-    model, bad = read_model(t.network(_tidy(config), 'unet_config'), 'model', valid_keys(), strict=False)
+    model, bad = read_model(t._network(_tidy(config), 'unet_config'), 'model', valid_keys(), strict=False)
     if t.problems or bad: raise RecipeError('unet_config', t.problems + bad)
     return model
 
@@ -238,10 +238,10 @@ def _settings(t, theirs):
     sampler = diffusion.get('sampler_config') or {} if isinstance(diffusion, dict) else {}
     if isinstance(reader, dict) and reader.get('smaller_side_size') == reader.get('image_size'):
         reader.pop('smaller_side_size', None)                # repeats image_size
-    found = t.take(theirs, _top_keys, '', ('unet_config', 'diffusion_config', 'reader_config'))
-    found |= t.take(diffusion, _diffusion_keys, 'diffusion_config', ('sampler_config',))
-    found |= t.take(sampler, _sampler_keys, 'diffusion_config.sampler_config')
-    found |= t.take(reader, _reader_keys, 'reader_config')
+    found = t._take(theirs, _top_keys, '', ('unet_config', 'diffusion_config', 'reader_config'))
+    found |= t._take(diffusion, _diffusion_keys, 'diffusion_config', ('sampler_config',))
+    found |= t._take(sampler, _sampler_keys, 'diffusion_config.sampler_config')
+    found |= t._take(reader, _reader_keys, 'reader_config')
     if sampler:
         found.setdefault('diffusion.prediction', 'eps')
         found.setdefault('diffusion.loss_target', found['diffusion.prediction'])
@@ -282,15 +282,15 @@ def translate(
 )->tuple: # a dictionary for `build_recipe`, a list of problems, and a list of keys that were passed over
     "Translate a file of the reference."
     t, theirs = _Translation(), _tidy(values)
-    model = t.network(theirs.pop('unet_config', None) or {}, 'unet_config')
+    model = t._network(theirs.pop('unet_config', None) or {}, 'unet_config')
     settings = _settings(t, theirs)
     _fit_steps(t, settings)
     _check_kind(t, theirs, model)
     _drop_job_number(t, model)
     out = {'name': settings.pop('name', name), 'model': model}
     for key, v in settings.items():
-        section, _, field = key.partition('.')
-        out.setdefault(section, {})[field] = v
+        section, _, setting = key.partition('.')
+        out.setdefault(section, {})[setting] = v
     return out, t.problems, t.ignored
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #d8f65a98
