@@ -122,7 +122,7 @@ def test_combinations(place, value, expected):
 @pytest.mark.parametrize('change,place,expected', [
     (dict(channels=[32], num_resnets=[1], num_attention_layers=[0]), 'model.channels', 'two levels'), (dict(mid_blocks=True), 'model.mid_blocks', 'false'), (dict(pooled_text=True), 'model.pooled_text', 'false'),
     (dict(text_proj_dim=8), 'model.text_proj_dim', 'innermost'), (dict(num_text_layers=1), 'model.num_text_layers', 'innermost'), (dict(masked_cross_attention=False), 'model.masked_cross_attention', 'innermost'),
-    (dict(freeze_inner=True), 'model.freeze_inner', 'model.inner_from'), (dict(time_dim=64), 'model.time_dim', '128, as in model.inner'), (dict(inner=dict(plain, num_groups=64)), 'model.inner.channels', 'multiples of model.inner.num_groups')])
+    (dict(freeze_inner=True), 'model.freeze_inner', 'model.inner_from'), (dict(time_dim=64), 'model.time_dim', '128, as in'), (dict(inner=dict(plain, num_groups=64)), 'model.inner.channels', 'multiples of model.inner.num_groups')])
 def test_combinations_of_networks(change, place, expected):
     assert build_recipe(nested())
     bad = problems(nested(**change))
