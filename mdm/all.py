@@ -26,12 +26,11 @@ from .data.loader import (
     create_loader, create_dls)
 from .data.shapes import (
     Shape, all_shapes, parse_caption, shapes_captions, write_shapes, judge_all, judge, prompt_accuracy)
-from .recipe import TrainConfig, Recipe, RecipeError, valid_keys, read_section, check_doll, read_model, check_recipe, build_recipe, recipe_dict, save_recipe, from_reference, is_reference, to_reference, read_source, apply_overrides, load_recipe
+from .recipe import TrainConfig, Recipe, RecipeError, valid_keys, read_model, check_recipe, build_recipe, recipe_dict, save_recipe, read_source, apply_overrides, load_recipe
+from .reference.recipes import from_reference, is_reference, to_reference
 from .utils.configs import unknown_key
-from .checkpoint import (
-    write_safetensors, save_checkpoint, read_state, Checkpoint, find_checkpoint, load_checkpoint, strip_prefix,
-    load_weights, text_width, UnsafeCheckpoint, InertUnpickler, inspect_pickle, read_pickle, ReleasedCheckpoint,
-    load_released, save_released, recipe_for, load_state, load_model, load_inner)
+from .checkpoint import write_safetensors, save_checkpoint, read_state, Checkpoint, find_checkpoint, load_checkpoint, strip_prefix, load_weights, text_width, recipe_for, load_state, load_model, load_inner
+from .reference.checkpoints import UnsafeCheckpoint, inspect_pickle, ReleasedCheckpoint, load_released, save_released
 from .pipeline import MDMPipeline
 from .training.callbacks import (
     CaptionDropout, TextEncoding, Noising, DiffusionLoss, BFloat16, Accumulate, FreezeDolls, GradientNorm,

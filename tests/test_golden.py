@@ -3,7 +3,8 @@ import numpy as np, pytest, torch
 from golden_tools import fill, inputs, load_json, load_npz, wave
 from mdm.diffusion.objective import Diffusion, DiffusionConfig
 from mdm.models.nested_unet import create_model
-from mdm.recipe import from_reference, load_recipe
+from mdm.reference.recipes import from_reference
+from mdm.recipe import load_recipe
 from mdm.diffusion.sampler import SampleConfig, sample, timesteps
 from mdm.diffusion.schedule import make_gammas, shift_gammas, vdm_weights
 

@@ -174,7 +174,7 @@ def convert_command(
     dst = Path(args.dst)
     would_be_lost = [p for p in (dst, *([dst.with_suffix('.yaml')] if dst.suffix == '.pth' else [])) if p.is_file() or p.is_dir() and any(p.iterdir())]
     if would_be_lost: raise FileExistsError(f'{would_be_lost[0]} exists already and would be replaced: choose another name, or remove it first')
-    from mdm.checkpoint import convert
+    from mdm.reference.checkpoints import convert
     print(convert(args.src, dst, args.recipe))
 
 def mdm_convert(
