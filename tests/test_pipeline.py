@@ -140,7 +140,7 @@ def test_an_empty_mask_changes_nothing(pipe):
     (lambda p, im, d: p.img2img(im.resize((9, 7)), prompt), ValueError, 'the picture has 9 x 7 pixels, and the model draws 16 x 16'),
     (lambda p, im, d: p.inpaint(im, im.resize((8, 8)), prompt), ValueError, 'the mask has 8 x 8'),
     (lambda p, im, d: p.img2img(im, prompt, strength=1.5), ValueError, 'strength: found 1.5'),
-    (lambda p, im, d: p.img2img(im, prompt, strength=.01), ValueError, 'strength 0.01 leaves nothing'),
+    (lambda p, im, d: p.img2img(im, prompt, strength=.01, spacing='uniform'), ValueError, 'strength 0.01 leaves nothing'),
     (lambda p, im, d: p.inpaint(im, im, prompt, repeats=0), ValueError, 'repeats: found 0'),
     (lambda p, im, d: p.img2img(d/'none.png', prompt), FileNotFoundError, 'none.png'),
     (lambda p, im, d: p.img2img(d/'text.png', prompt), ValueError, 'text.png is not a picture'),
