@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from .checkpoint import load_model
 from .diffusion.objective import Diffusion
 from .diffusion.sampler import Given, PictureNoise, SampleConfig, Step, sample_steps

@@ -104,7 +104,9 @@ def test_config(pipe):
     assert (c.steps, c.guidance, c.threshold, c.solver, c.spacing, c.guidance_interval, c.guidance_rescale, c.eta) == (7, 2., 'none', 'unipc', 'logsnr', (.1, .9), .5, 0.)
     assert pipe.config() == pipe.recipe.sample
     with pytest.raises(TypeError, match="no option 'stepz'; did you mean steps"): pipe(prompt, stepz=3)
-    with pytest.raises(ConfigError, match="guidance_interval"): pipe(prompt, guidance_interval=(.9, .1))
+    for wrong, said in ((dict(guidance_interval=(.9, .1)), 'sample.guidance_interval: found .* the smaller one first'), (dict(guidance_interval=(0., 2.)), r'sample.guidance_interval\[1\]: found 2.0'),
+                        (dict(steps=0), 'sample.steps: found 0'), (dict(eta=-1.), 'sample.eta: found -1.0'), (dict(guidance=-1.), 'sample.guidance: found -1.0'), (dict(guidance_rescale=1.1), 'sample.guidance_rescale: found 1.1')):
+        with pytest.raises(ConfigError, match=said): pipe(prompt, **wrong)
 
 def test_eta_and_solver(pipe):
     stochastic = MDMPipeline(pipe.model, load_recipe('shapes', tiny + ['sample.solver=ddim', 'sample.eta=0.5']), device='cpu')

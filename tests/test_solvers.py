@@ -1,10 +1,10 @@
 "Which steps are taken and how one is taken: orders, spacings, precision."
 from itertools import product
-from math import log1p, log, sqrt
+from math import log, log1p
 from typing import get_args
 import pytest, torch
 from mdm.diffusion.schedule import make_gammas, schedules, shift_gammas
-from mdm.diffusion.solvers import Past, Solver, Spacing, Threshold, advance, choose_steps, ddim_step, dpmpp_step, half_logsnr, threshold, timesteps, unipc_correct
+from mdm.diffusion.solvers import Past, Solver, Spacing, Threshold, advance, choose_steps, half_logsnr, threshold, timesteps
 
 deterministic = ('ddim', 'dpm++2m', 'unipc')
 

@@ -7,7 +7,7 @@ __all__ = ['Solver', 'Spacing', 'Threshold', 'half_logsnr', 'choose_steps', 'tim
            'Past', 'dpmpp_step', 'unipc_correct', 'advance']
 
 # %% ../../nbs/1_model/06_solvers.ipynb #f1a759d2
-from math import exp, expm1, inf, log, log1p, sqrt
+from math import expm1, inf, log, log1p, sqrt
 from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
