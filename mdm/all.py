@@ -14,9 +14,8 @@ from .models.layers import (
 from .models.unet import UNetConfig, UNet
 from .models.nested_unet import NestedUNetConfig, model_scales, NestedUNet, create_model
 from .diffusion.objective import DiffusionConfig, mixed_shares, Noised, Diffusion
-from .diffusion.sampler import (
-    SampleConfig, half_logsnr, timesteps, ddpm_step, ddim_step, dpmpp_step, unipc_correct, PictureNoise,
-    for_upscale, for_img2img, for_inpaint, sample_steps, sample)
+from .diffusion.sampler import SampleConfig, PictureNoise, for_upscale, for_img2img, for_inpaint, sample_steps, sample
+from .diffusion.solvers import half_logsnr, timesteps, ddpm_step, ddim_step, dpmpp_step, unipc_correct
 from .text import (
     TextConfig, pad_prompts, TextEncoder, check_prompts, split_words, word_vector, position_codes, HashEncoder,
     load_hf, HFEncoder, create_text_encoder)

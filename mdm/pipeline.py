@@ -6,26 +6,28 @@
 __all__ = ['MDMPipeline']
 
 # %% ../nbs/3_training/03_pipeline.ipynb #0c6f847f
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields
+from inspect import Parameter
 from pathlib import Path
-import numpy as np
+from typing import get_type_hints
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from .checkpoint import load_model
-from .utils.pictures import to_rgb
 from .diffusion.objective import Diffusion
-from .utils.pictures import pixels_to_signal, signal_to_pixels
-from .recipe import Recipe, RecipeError, build_recipe, recipe_dict
-from .diffusion.sampler import Given, SampleConfig, Step, for_img2img, for_inpaint, for_upscale, sample_steps
+from .diffusion.sampler import Given, PictureNoise, SampleConfig, Step, sample_steps
+from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
+from .recipe import Recipe
 from .text import TextEncoder, create_text_encoder
+from .utils.configs import ConfigError, changed, nearest
 from .utils.pictures import from_pil, open_picture, to_pil
-from .utils.configs import ConfigError, changed
 
-# %% ../nbs/3_training/03_pipeline.ipynb #9c6aac36
+# %% ../nbs/3_training/03_pipeline.ipynb #34100117
 class MDMPipeline:
     "Prompt in, pictures out."
     def __init__(self,
@@ -35,130 +37,177 @@ class MDMPipeline:
         device:str|torch.device|None=None, # where to compute; None: a GPU if there is one
         bf16:bool|None=None, # compute in bfloat16 where that is safe; None: as in training
     ):
-        self.model, self.recipe, self.encoder = model.eval(), recipe, encoder or create_text_encoder(recipe.text)
-        self.diffusion, self.bf16 = Diffusion(recipe.diffusion, model.scales), recipe.train.bf16 if bf16 is None else bf16
+        self.model, self.recipe = model.eval(), recipe
+        self.encoder = encoder or create_text_encoder(recipe.text)
+        self.diffusion = Diffusion(recipe.diffusion, model.scales)
+        self.bf16 = recipe.train.bf16 if bf16 is None else bf16
         self.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
-    @classmethod
-    def from_pretrained(cls,
-        path:str|Path, # checkpoint folder, folder of checkpoints (the newest counts), a released .pth file, or 'shapes', which comes with the library
-        recipe:Recipe|str|Path|None=None, # needed for a .pth file with no YAML next to it, e.g. 'cc12m_64x64'
-        raw:bool=False, # the weights as trained; False: their moving average
-        ema:float|None=None, # memory of the moving average, where training kept several; None: the first
-        **kwargs, # `encoder`, `device`, `bf16`
-    )->'MDMPipeline': # raises FileNotFoundError or ValueError that say what is wrong with the file
-        "Load a checkpoint, ours or a released one."
-        return cls(*load_model(path, recipe, raw, ema), **kwargs)
 
     def to(self,
         device:str|torch.device, # where to compute
     )->'MDMPipeline': # itself
         "Move model and text encoder."
         self.device = torch.device(device)
-        self.model.to(self.device); self.encoder.to(self.device)
+        self.model.to(self.device)
+        self.encoder.to(self.device)
         return self
 
-    def config(self,
-        steps:int|None=None, # network calls per picture
-        guidance:float|None=None, # how closely to follow the prompt, 1 = not at all pushed
-        eta:float|str|None=None, # share of fresh noise, for 'ddim'; 'ddpm': the solver of that name
-        threshold:str|None=None, # 'none', 'clip', 'dynamic' or 'dynamic_if'
-        solver:str|None=None, # 'ddim', 'ddpm', 'dpm++2m' or 'unipc'
-        spacing:str|None=None, # 'uniform', 'trailing' or 'logsnr'
-        guidance_interval:tuple[float, float]|None=None, # guide only within these shares of the diffusion steps, e.g. (.1, .9)
-        guidance_rescale:float|None=None, # 0 to 1: how far to take back the contrast that guidance adds
-    )->SampleConfig: # raises `RecipeError` for a value that cannot work
-        "The recipe's way of sampling, with changes; what is None stays as in the recipe."
-        if eta == 'ddpm': eta, solver = 0., 'ddpm'
-        if solver is None and eta: solver = 'ddim'                      # the only one that it means something to
-        if eta is None and solver not in (None, 'ddim'): eta = 0.
-        changes = dict(steps=steps, guidance=guidance, eta=eta, threshold=threshold, solver=solver, spacing=spacing, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale)
-        config, n = changed(self.recipe.sample, 'sample', **changes), self.recipe.diffusion.num_steps
-        if config.steps > n: raise ConfigError('sampling', [f'sample.steps: found {config.steps}, expected a number up to diffusion.num_steps = {n}'])
-        return config
+# %% ../nbs/3_training/03_pipeline.ipynb #22969344
+@patch(cls_method=True)
+def from_pretrained(cls:MDMPipeline,
+    path:str|Path, # checkpoint folder, folder of checkpoints (the newest counts), a released .pth file, or 'shapes'
+    recipe:Recipe|str|Path|None=None, # needed for a .pth file with no YAML next to it, e.g. 'cc12m_64x64'
+    raw:bool=False, # the weights as trained; False: their moving average
+    ema:float|None=None, # decay of the moving average, where training kept several; None: the first
+    **kwargs, # `encoder`, `device`, `bf16`
+)->MDMPipeline: # raises FileNotFoundError or ValueError that say what is wrong with the file
+    "Load a checkpoint of this library, or a released one."
+    return cls(*load_model(path, recipe, raw, ema), **kwargs)
 
-    @torch.no_grad()
-    def steps(self,
-        prompts:list[str], # one prompt per picture
-        negative_prompts:list[str]|None=None, # what not to show, one per picture; None: nothing in particular
-        seeds:list[int]|None=None, # one seed per picture; None: 0, 1, 2, ...
-        config:SampleConfig|None=None, # how to sample; None: as in the recipe
-        given:Given|None=None, # what is known of the pictures: `for_upscale`, `for_img2img` or `for_inpaint`
-    )->Iterator[Step]: # one for every step taken, all pictures together; close it, or leave the loop, to stop
-        "Sample one batch, step by step."
-        config = config or self.recipe.sample
-        cond, mask = self.encoder(prompts)
-        uncond, uncond_mask = self.encoder(negative_prompts or ['']*len(prompts)) if config.guidance != 1 else (None, None)
-        steps = sample_steps(self.model, self.diffusion, self.recipe.data.image_size, cond, mask, uncond, uncond_mask, config=config,
-                             seeds=list(range(len(prompts))) if seeds is None else seeds, device=self.device, given=given)
-        while True:                      # autocast only while computing, not while the caller has its turn
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16): step = next(steps, None)
-            if step is None: return
-            yield step
+# %% ../nbs/3_training/03_pipeline.ipynb #9c6aac36
+def _takes_fields(cls):
+    "Decorator: show the fields of a class of settings in place of `**changes`, all of them None by default."
+    def decorate(f):
+        shown = [p for p in inspect.signature(f).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
+        hints = get_type_hints(cls)                          # without the bounds
+        shown += [Parameter(o.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[o.name]) for o in fields(cls)]
+        f.__signature__ = inspect.signature(f).replace(parameters=shown)
+        return f
+    return decorate
 
-    @delegates(config)
-    def __call__(self,
-        prompt:str|list[str], # what to show; a list: `n` pictures of each
-        n:int=4, # pictures per prompt
-        negative_prompt:str='', # what not to show
-        seed:int=0, # picture k has seed + k
-        batch_size:int=16, # pictures at a time: what must fit into memory
-        every_resolution:bool=False, # True: a list per resolution, highest first
-        progress:Callable[[int, int], object]|None=None, # called with (steps taken, steps in all), e.g. to move a bar; when it returns False, sampling stops
-        given:Given|None=None, # what is known of the pictures, as for `steps`
-        **kwargs, # for `config`
-    )->list: # PIL pictures, only those of finished batches when it was stopped; raises `RecipeError` or ValueError for impossible wishes
-        "Make pictures of a prompt."
-        for name, v in (('n', n), ('batch_size', batch_size)):
-            if not isinstance(v, int) or v < 1: raise ValueError(f'{name}: found {v!r}, expected a number above 0')
-        config, pictures = self.config(**kwargs), [[] for _ in self.model.scales]
-        prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
-        chunks = range(0, len(prompts), batch_size)
-        for done, i in enumerate(chunks):
-            batch = prompts[i:i + batch_size]
-            with closing(self.steps(batch, [negative_prompt]*len(batch), list(range(seed + i, seed + i + len(batch))), config, given)) as steps:
-                for step in steps:
-                    if progress and progress(done*step.total + step.index, len(chunks)*step.total) is False and step.t: return pictures if every_resolution else pictures[0]
-            for all_, x in zip(pictures, step.x): all_ += to_pil(x)
-        return pictures if every_resolution else pictures[0]
+# %% ../nbs/3_training/03_pipeline.ipynb #6fce3d54
+@patch
+@_takes_fields(SampleConfig)
+def config(self:MDMPipeline,
+    **changes, # fields of `SampleConfig`; None: as in the recipe; `eta='ddpm'` is short for `solver='ddpm'`
+)->SampleConfig: # raises `ConfigError` for a value that cannot work, TypeError for an unknown name
+    "The recipe's way of sampling, with changes."
+    known = [o.name for o in fields(SampleConfig)]
+    for name in changes:
+        if name in known: continue
+        near = nearest(name, known)
+        mend = f'; did you mean {near}?' if near else f': choose from {", ".join(known)}'
+        raise TypeError(f'there is no option {name!r}' + mend)
+    solver, eta = changes.get('solver'), changes.get('eta')
+    if eta == 'ddpm': solver, eta = 'ddpm', 0.
+    if solver is None and eta: solver = 'ddim'               # the only solver that eta means something to
+    if eta is None and solver not in (None, 'ddim'): eta = 0.
+    config = changed(self.recipe.sample, 'sample', **{**changes, 'solver': solver, 'eta': eta})
+    n = self.recipe.diffusion.num_steps
+    if config.steps <= n: return config
+    raise ConfigError('sampling', [f'sample.steps: found {config.steps}, expected a number up to diffusion.num_steps = {n}'])
 
-    def fitting(self,
-        picture:Image.Image|str|Path, # a picture, or its file
-        what:str='the picture', # its name in the error
-    )->Image.Image: # the picture; raises ValueError when it is not as large as the model's
-        "Refuse a picture of another size than the model's."
-        size, name, picture = self.recipe.data.image_size, '' if isinstance(picture, Image.Image) else f' {picture}', open_picture(picture)
-        if picture.size == (size, size): return picture
-        raise ValueError(f'{what}{name} has {picture.width} x {picture.height} pixels, and the model draws {size} x {size}: crop and resize it first (ImageOps.fit of Pillow does both)')
+# %% ../nbs/3_training/03_pipeline.ipynb #acbcf302
+@patch
+@torch.no_grad()
+def steps(self:MDMPipeline,
+    prompts:list[str], # one prompt per picture
+    negative_prompts:list[str]|None=None, # what not to show, one per picture; None: nothing in particular
+    seeds:list[int]|None=None, # one seed per picture; None: 0, 1, 2, ...
+    config:SampleConfig|None=None, # how to sample; None: as in the recipe
+    given:Given|None=None, # what is known of the pictures: `for_upscale`, `for_img2img` or `for_inpaint`
+    device_noise:bool=False, # draw noise on the GPU: faster for 'ddpm', but other pictures than on a CPU
+)->Iterator[Step]: # one for every step taken, all pictures together; close it, or leave the loop, to stop
+    "Sample one batch, step by step."
+    config, uncond, uncond_mask = config or self.recipe.sample, None, None
+    cond, mask = self.encoder(prompts)
+    if config.guidance != 1: uncond, uncond_mask = self.encoder(negative_prompts or ['']*len(prompts))
+    draw = PictureNoise(range(len(prompts)) if seeds is None else seeds, self.device, device_noise)
+    todo = sample_steps(self.model, self.diffusion, self.recipe.data.image_size, cond, mask, uncond, uncond_mask,
+                        config=config, seeds=draw, device=self.device, given=given)
+    while True:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16): step = next(todo, None)
+        if step is None: return
+        yield step
 
-    @delegates(__call__, but='given')
-    def upscale(self,
-        picture:Image.Image|str|Path, # a picture as large as one of the inner dolls' (e.g. 64 or 256 pixels for 1024), or its file
-        prompt:str|list[str]='', # what it shows
-        **kwargs, # for the pipeline
-    )->list: # as of the pipeline; raises ValueError for a picture of another size
-        "Draw a small picture larger: hold it as the inner doll while the outer ones are sampled."
-        return self(prompt, given=for_upscale(from_pil(picture), self.recipe.data.image_size, self.model.scales), **kwargs)
+# %% ../nbs/3_training/03_pipeline.ipynb #2fa3ea16
+def _finish(steps, report):
+    "Take all steps of a batch. Gives PIL pictures by resolution, or None when `report` returned False before the end."
+    with closing(steps):
+        for step in steps:
+            if report(step) is False and step.t: return None
+    return [to_pil(x) for x in step.x]
 
-    @delegates(__call__, but='given')
-    def img2img(self,
-        picture:Image.Image|str|Path, # a picture as large as the model's, or its file
-        prompt:str|list[str]='', # what to make of it
-        strength:float=.6, # share of the diffusion steps to take, above 0: more changes more; 1 forgets the picture
-        **kwargs, # for the pipeline
-    )->list: # as of the pipeline; raises ValueError for a picture of another size
-        "Draw a picture anew from under noise."
-        return self(prompt, given=for_img2img(from_pil(self.fitting(picture)), self.model.scales, strength), **kwargs)
+# %% ../nbs/3_training/03_pipeline.ipynb #be1c0507
+@patch
+@delegates(MDMPipeline.config)
+def __call__(self:MDMPipeline,
+    prompt:str|list[str], # what to show; a list: `n` pictures of each
+    n:int=4, # pictures per prompt
+    negative_prompt:str='', # what not to show
+    seed:int=0, # picture k has seed + k
+    batch_size:int=16, # pictures at a time: what must fit into memory
+    every_resolution:bool=False, # True: a list per resolution, highest first
+    progress:Callable[[int, int], object]|None=None, # called with (steps taken, steps in all); stops when it returns False
+    given:Given|None=None, # what is known of the pictures, as for `steps`
+    device_noise:bool=False, # draw noise on the GPU, as for `steps`
+    **kwargs, # for `config`
+)->list: # PIL pictures, only finished batches when it was stopped; raises `ConfigError` or ValueError for impossible values
+    "Make pictures of a prompt."
+    for name, value in (('n', n), ('batch_size', batch_size)):
+        if not isinstance(value, int) or value < 1: raise ValueError(f'{name}: found {value!r}, expected a number above 0')
+    config, pictures = self.config(**kwargs), [[] for _ in self.model.scales]
+    prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
+    starts = range(0, len(prompts), batch_size)
+    for done, i in enumerate(starts):
+        batch = prompts[i:i + batch_size]
+        seeds = list(range(seed + i, seed + i + len(batch)))
+        steps = self.steps(batch, [negative_prompt]*len(batch), seeds, config, given, device_noise)
+        report = lambda step: progress and progress(done*step.total + step.index, len(starts)*step.total)
+        finished = _finish(steps, report)
+        if finished is None: break
+        for all_, new in zip(pictures, finished): all_ += new
+    return pictures if every_resolution else pictures[0]
 
-    @delegates(__call__, but='given')
-    def inpaint(self,
-        picture:Image.Image|str|Path, # a picture as large as the model's, or its file
-        mask:Image.Image|str|Path, # of the same size, or its file: what is white is painted anew, what is black is kept
-        prompt:str|list[str]='', # what the whole shows
-        strength:float=1., # below 1, what was under the mask shows through
-        repeats:int=1, # times that each step is taken: new and old agree better, for as many times the calls
-        **kwargs, # for the pipeline
-    )->list: # as of the pipeline; raises ValueError for a picture or mask of another size
-        "Paint a part of a picture anew; the rest stays as it is."
-        mask = from_pil(self.fitting(mask, 'the mask')).mean(1, keepdim=True)
-        return self(prompt, given=for_inpaint(from_pil(self.fitting(picture)), mask, self.model.scales, strength, repeats), **kwargs)
+# %% ../nbs/3_training/03_pipeline.ipynb #80417e5d
+@patch
+def fitting(self:MDMPipeline,
+    picture:Image.Image|str|Path, # a picture, or its file
+    what:str='the picture', # its name in the error
+)->Image.Image: # the picture; raises ValueError when it is not as large as the model's
+    "Refuse a picture of another size than the model's."
+    size, name = self.recipe.data.image_size, '' if isinstance(picture, Image.Image) else f' {picture}'
+    image = open_picture(picture)
+    if image.size == (size, size): return image
+    raise ValueError(f'{what}{name} has {image.width} x {image.height} pixels, and the model draws {size} x {size}: '
+                     'crop and resize it first (ImageOps.fit of Pillow does both)')
+
+# %% ../nbs/3_training/03_pipeline.ipynb #e8e8037d
+@patch
+@delegates(MDMPipeline.__call__, but='given')
+def upscale(self:MDMPipeline,
+    picture:Image.Image|str|Path, # a picture as large as an inner network's (e.g. 64 or 256 pixels for 1024), or its file
+    prompt:str|list[str]='', # what it shows
+    **kwargs, # for the pipeline
+)->list: # as of the pipeline; raises ValueError for a picture of another size
+    "Draw a small picture larger: give it to the inner network while the outer ones are sampled."
+    given = for_upscale(from_pil(picture), self.recipe.data.image_size, self.model.scales)
+    return self(prompt, given=given, **kwargs)
+
+# %% ../nbs/3_training/03_pipeline.ipynb #4550663d
+@patch
+@delegates(MDMPipeline.__call__, but='given')
+def img2img(self:MDMPipeline,
+    picture:Image.Image|str|Path, # a picture as large as the model's, or its file
+    prompt:str|list[str]='', # what to make of it
+    strength:float=.6, # share of the diffusion steps to take, above 0: more changes more; 1 ignores the picture
+    **kwargs, # for the pipeline
+)->list: # as of the pipeline; raises ValueError for a picture of another size
+    "Draw a picture anew, beginning with the picture under noise."
+    return self(prompt, given=for_img2img(from_pil(self.fitting(picture)), self.model.scales, strength), **kwargs)
+
+# %% ../nbs/3_training/03_pipeline.ipynb #de178ccc
+@patch
+@delegates(MDMPipeline.__call__, but='given')
+def inpaint(self:MDMPipeline,
+    picture:Image.Image|str|Path, # a picture as large as the model's, or its file
+    mask:Image.Image|str|Path, # of the same size, or its file: what is white is painted anew, what is black is kept
+    prompt:str|list[str]='', # what the whole picture shows
+    strength:float=1., # below 1, what was under the mask shows through
+    repeats:int=1, # times that each step is taken: new and old agree better, for as many times the calls
+    **kwargs, # for the pipeline
+)->list: # as of the pipeline; raises ValueError for a picture or mask of another size
+    "Paint a part of a picture anew; the rest stays as it is."
+    white = from_pil(self.fitting(mask, 'the mask')).mean(1, keepdim=True)
+    given = for_inpaint(from_pil(self.fitting(picture)), white, self.model.scales, strength, repeats)
+    return self(prompt, given=given, **kwargs)

@@ -67,9 +67,9 @@ def test_loss(name, source, config):
     all_used(name, 'loss', 'reduced', 'x_t0', 'pred0', 'target0')
 
 @pytest.mark.parametrize('name,source,config,cfg', [
-    ('ddim10_unet', 'unet', DiffusionConfig(), SampleConfig(steps=10, guidance=1., eta=0., threshold='clip')),
-    ('ddim10_nested_cfg3', 'nested', DiffusionConfig(shifted=True), SampleConfig(steps=10, guidance=3., eta=0., threshold='dynamic_if')),
-    ('ddim10_nested2_raw', 'nested2', DiffusionConfig(shifted=True, shift_power=2.), SampleConfig(steps=10, guidance=1., eta=0., threshold='none'))])
+    ('ddim10_unet', 'unet', DiffusionConfig(), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=1., eta=0., threshold='clip')),
+    ('ddim10_nested_cfg3', 'nested', DiffusionConfig(shifted=True), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=3., eta=0., threshold='dynamic_if')),
+    ('ddim10_nested2_raw', 'nested2', DiffusionConfig(shifted=True, shift_power=2.), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=1., eta=0., threshold='none'))])
 def test_samples(name, source, config, cfg):
     model, spec = golden_model(source)
     _, _, cond, mask, _ = inputs(spec)

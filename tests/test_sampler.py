@@ -1,14 +1,15 @@
-"Solvers, spacings, guidance and given pictures: what holds for every combination, and the edges."
+"Guidance, given pictures and the sampling loop: what holds for every combination, and the edges."
 from itertools import product as combine
 from typing import get_args
 import pytest, torch
 from mdm.diffusion.objective import Diffusion, DiffusionConfig, pyramid
 from mdm.models.nested_unet import NestedUNetConfig, create_model
-from mdm.diffusion.sampler import (SampleConfig, advance, for_img2img, for_inpaint, for_upscale, half_logsnr, sample, sample_steps, timesteps)
-from mdm.diffusion.schedule import from_x0, make_gammas, schedules, shift_gammas
+from mdm.diffusion.sampler import Given, PictureNoise, SampleConfig, for_img2img, for_inpaint, for_upscale, push, sample, sample_steps
+from mdm.diffusion.schedule import from_x0, schedules
+from mdm.diffusion.solvers import Solver, Spacing
 from mdm.models.unet import UNetConfig
 
-solvers, spacings, predictions = (get_args(SampleConfig.__annotations__['solver']), get_args(SampleConfig.__annotations__['spacing']), get_args(DiffusionConfig.__annotations__['prediction']))
+solvers, spacings, predictions = get_args(Solver), get_args(Spacing), get_args(DiffusionConfig.__annotations__['prediction'])
 product = lambda *lists: list(combine(*lists))
 deterministic = ('ddim', 'dpm++2m', 'unipc')
 
@@ -85,16 +86,6 @@ def test_predictions_agree():
         v, eps, x0 = (draw(p, solver) for p in ('v', 'eps', 'x0'))
         assert distance(v, eps) < 1e-3 and distance(v, x0) < 1e-3
 
-def test_orders():
-    "Half the step, and the error is 1/2, 1/4 and 1/8."
-    var = lambda g: .09*g + 1 - g
-    def error(solver, steps):
-        gs, past, x = torch.sigmoid(2*torch.linspace(-3, 3, steps + 1, dtype=torch.float64)), (), torch.tensor([1.5], dtype=torch.float64).view(1, 1, 1, 1)
-        exact = gs[-1].sqrt()*.5 + (x - gs[0].sqrt()*.5)*(var(gs[-1])/var(gs[0])).sqrt()
-        for g, h in zip(gs, gs[1:]): x, past = advance(solver, x, .5 + .09*g.sqrt()/var(g)*(x - g.sqrt()*.5), g, h, past)
-        return (x - exact).abs().item()
-    for solver, factor in zip(deterministic, (2, 4, 8)): assert abs(error(solver, 128)/error(solver, 256)/factor - 1) < .1, solver
-
 @pytest.mark.parametrize('solver', solvers)
 def test_one_call_per_step(nets, solver):
     d = Diffusion(DiffusionConfig(), [1]); net = Gaussian(d)
@@ -142,15 +133,6 @@ def test_leaving_stops_the_network(nets):
     next(steps); next(steps); steps.close()
     assert net.calls == 2 and next(steps, None) is None
 
-@pytest.mark.parametrize('schedule,shift', product(schedules, (1, 4)))
-def test_logsnr_is_even(schedule, shift):
-    gammas = shift_gammas(make_gammas(schedule), shift)
-    for k in (1, 2, 5, 25, 400, 1000):
-        ts = timesteps(1000, k, 'logsnr', gammas)
-        assert ts[-1] == 0 and (ts.diff() < 0).all() and 1 <= ts[-2] and ts[0] <= 1000 and len(ts) <= k + 1
-    gaps = half_logsnr(gammas[timesteps(1000, 12, 'logsnr', gammas)[1:-5]]).diff()
-    assert gaps.min() > .8*gaps.max() and timesteps(1000, 12, 'logsnr', gammas)[0] == 1000
-
 @pytest.mark.parametrize('solver,shifted,rescale', product(solvers, (True, False), (1., 3.)))
 def test_what_is_given_is_kept(nets, solver, shifted, rescale):
     d, (cond, mask) = Diffusion(DiffusionConfig(shifted=shifted, rescale_signal=rescale), [2, 1]), prompts(2)
@@ -188,3 +170,81 @@ def test_a_weak_img2img_changes_little():
     plain = sample(net, d, 8, config=SampleConfig(steps=20, guidance=1.), seeds=[0])
     forgotten = sample(net, d, 8, config=SampleConfig(steps=20, guidance=1.), seeds=[0], given=for_img2img(picture, [2, 1], 1.))
     assert all(torch.equal(a, b) for a, b in zip(plain, forgotten))
+
+def test_every_wanted_step_is_taken():
+    d = Diffusion(DiffusionConfig(prediction='x0'), [1])
+    for k in (100, 1000): assert len(list(sample_steps(Gaussian(d), d, 2, config=SampleConfig(steps=k, spacing='logsnr', guidance=1.)))) == k
+
+small = torch.zeros(1, 3, 8, 8)
+@pytest.mark.parametrize('change,said', [
+    (dict(size=17), 'cannot sample pictures of 17 x 17 pixels.*multiples of 2'), (dict(size=(16, 17)), '17 x 16'), (dict(size=0), '0 x 0'),
+    (dict(cond=torch.zeros(3, 3, 6), seeds=[1, 2]), '3 prompts, 2 seeds'), (dict(cond=torch.zeros(1, 3, 6), seeds=[1, 2]), '1 prompts, 2 seeds'),
+    (dict(cond=torch.zeros(2, 3, 6), mask=torch.ones(3, 3)), '2 prompts, 3 masks'), (dict(cond=torch.zeros(2, 3, 6), uncond=torch.zeros(1, 3, 6)), '2 prompts, 1 negative prompts'),
+    (dict(cond=torch.zeros(2, 3, 6), micros=dict(scale=torch.ones(3))), '2 prompts, 3 scale'), (dict(cond=torch.zeros(2, 3, 6), seeds=PictureNoise([1])), '2 prompts, 1 seeds'),
+    (dict(noise=[torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 9, 8)]), 'noise: found shapes'), (dict(noise=[torch.zeros(1, 3, 16, 16)]), 'noise: found shapes'),
+    (dict(noise=[torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 8, 8)]), 'noise: found shapes'),
+    (dict(seeds=[1, 2], noise=[torch.zeros(3, 3, 16, 16), torch.zeros(3, 3, 8, 8)]), '2 seeds, 3 first noises'),
+    (dict(given=Given([small])), 'Given.pictures: found 1 resolutions, expected 2'), (dict(given=Given([small, small])), r'Given.pictures: found shape \[1, 3, 8, 8\], expected \[1 or 1, 3, 16, 16\]'),
+    (dict(given=Given([None, small], [torch.zeros(1, 1, 8, 8, dtype=bool)]*2)), 'Given.free'), (dict(given=Given([None, small.expand(3, -1, -1, -1)]), seeds=[1, 2]), 'Given.pictures'),
+    (dict(config=SampleConfig(steps=0)), 'choose 1 to 1000')], ids=str)
+def test_arguments_that_do_not_fit(nets, change, said):
+    "Words, and no call of the network: these were errors of shapes somewhere inside, or other sizes than were wanted."
+    calls = []
+    def net(x, *args): calls.append(1); return [o*0 for o in x]
+    with pytest.raises(ValueError, match=said): sample(net, Diffusion(DiffusionConfig(), [2, 1]), **{**dict(size=16), **change})
+    assert not calls
+
+def test_strength_needs_pictures_to_begin_with():
+    with pytest.raises(ValueError, match='strength: found 0.5, expected 1: .*none at resolution 0'): Given([None, small], strength=.5)
+    with pytest.raises(ValueError, match='strength: found 0.5'): Given([torch.zeros(1, 3, 16, 16), None], strength=.5)
+    Given([None, small])
+
+def test_a_flat_prediction_is_rescaled_to_something_finite():
+    flat = torch.full((2, 3, 4, 4), .5)
+    assert push(flat*0, flat, 3., .7).isfinite().all() and push(flat*0, flat*0, 3., .7).isfinite().all()
+
+def test_noise_by_seed_or_by_source(nets):
+    (cond, mask), d = prompts(3), Diffusion(DiffusionConfig(), [1])
+    for config in (SampleConfig(steps=3), SampleConfig(steps=3, solver='ddpm')):
+        draw = lambda seeds: sample(nets[0], d, 8, cond, mask, config=config, seeds=seeds)[0]
+        assert torch.equal(draw([4, 5, 6]), draw(PictureNoise([4, 5, 6]))) and torch.equal(draw([4, 5, 6]), draw(PictureNoise([4, 5, 6], 'cpu', on_device=True)))
+
+def test_noise_is_drawn_only_where_it_is_used(monkeypatch):
+    d, drawn = Diffusion(DiffusionConfig(prediction='x0'), [1]), []
+    call = PictureNoise.__call__
+    monkeypatch.setattr(PictureNoise, '__call__', lambda self, *shape: drawn.append(shape) or call(self, *shape))
+    for solver, eta, count in (('unipc', 0., 1), ('ddim', 0., 1), ('ddim', .5, 5), ('ddpm', 0., 5)):
+        drawn.clear()
+        sample(Gaussian(d), d, 8, config=SampleConfig(steps=5, solver=solver, eta=eta, guidance=1.))
+        assert len(drawn) == count, solver
+
+@pytest.mark.parametrize('solver,threshold', product(solvers, ('none', 'clip', 'dynamic', 'dynamic_if')))
+def test_a_gpu_is_never_waited_for(solver, threshold):
+    "Rehearsed with fake CUDA tensors: a step that reads a number back from the GPU, or mixes devices, raises an error."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    d = Diffusion(DiffusionConfig(shifted=True), [2, 1])
+    config = SampleConfig(steps=4, solver=solver, threshold=threshold, guidance_rescale=.5, guidance_interval=(0., .9))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.ones(3, 3, 3, 3, device='cuda')
+        def net(x, t, cond, mask, micros):
+            assert {o.device.type for o in (*x, t, cond, mask)} == {'cuda'}
+            return [torch.nn.functional.conv2d(o, weight, padding=1) for o in x]
+        cond, mask = torch.zeros(2, 3, 6, device='cuda'), torch.ones(2, 3, device='cuda')
+        picture, hole = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
+        for given in (None, for_upscale(picture[..., ::2, ::2], 16, [2, 1]), for_img2img(picture, [2, 1]), for_inpaint(picture, hole, [2, 1], repeats=2)):
+            out = sample(net, d, 16, cond, mask, config=config, seeds=[0, 1], given=given)
+            assert [(o.device.type, o.dtype, tuple(o.shape)) for o in out] == [('cuda', torch.float32, (2, 3, s, s)) for s in (16, 8)]
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+@pytest.mark.parametrize('solver', solvers)
+def test_a_real_gpu_is_never_waited_for(nets, solver):
+    net, (cond, mask) = nets[0].cuda(), (o.cuda() for o in prompts(2))
+    try:
+        for on_device in (False, True):
+            steps = sample_steps(net, Diffusion(DiffusionConfig(), [1]), 8, cond, mask, config=SampleConfig(steps=4, solver=solver), seeds=PictureNoise([0, 1], 'cuda', on_device))
+            next(steps)
+            torch.cuda.set_sync_debug_mode('error')
+            try: list(steps)
+            finally: torch.cuda.set_sync_debug_mode('default')
+    finally: net.cpu()
