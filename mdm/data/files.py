@@ -74,6 +74,7 @@ def _http_status(causes):
     for e in causes:
         if isinstance(status := getattr(e, 'status', None), int): return status
 
+# %% ../../nbs/2_data/02_files.ipynb #5f5f0f87
 def explain_io_error(
     e:Exception, # an exception of a driver
     path:str, # the address that was asked for
@@ -106,7 +107,7 @@ def with_retries(
     action:Callable, # a function without arguments that asks a server for something
     path:str, # the address that it asks for
 ): # what `action` returns
-    "Call a function until it works. Raises what `explain_io_error` makes of an error that is final, or of the last one."
+    "Call a function until it works. Raises what `explain_io_error` makes of a final error, or of the last one."
     for n in count(1):
         try: return action()
         except Exception as e: error = explain_io_error(e, path)
@@ -148,7 +149,8 @@ def _md5_of(path, tag, content_md5):
 
 def _info(path, d):
     "A `FileInfo` from the dictionary of a driver."
-    if d.get('type') == 'directory': raise FileNotFoundError(errno.ENOENT, 'it is a folder, write /*.tar behind it', redact(path))
+    if d.get('type') == 'directory':
+        raise FileNotFoundError(errno.ENOENT, 'it is a folder, write /*.tar behind it', redact(path))
     tag = re.sub(r'^W/|"', '', str(d.get('ETag') or ''))
     when = _seconds(d.get('LastModified') or d.get('Last-Modified'))
     md5 = _md5_of(path, tag, str(d.get('Content-MD5') or d.get('md5Hash')))
@@ -265,7 +267,8 @@ def _expand(pattern):
 def _as_list(patterns):
     "Patterns as a list of strings. Raises `ValueError` when there are none."
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
-    if not patterns: raise ValueError("data.files is empty: name at least one tar, for example data.files=['shards/*.tar']")
+    if not patterns:
+        raise ValueError("data.files is empty: name at least one tar, for example data.files=['shards/*.tar']")
     return [os.path.expanduser(p) for p in patterns]
 
 def list_files(
@@ -295,10 +298,11 @@ def is_tar(
 def find_tars(
     patterns:list, # tars on this machine with braces and wildcards, or folders of tars
 )->list[str]: # paths, each once
-    "Find tars on this machine. Raises `FileNotFoundError` where there are none, `ValueError` for addresses and other files."
+    "Find tars on this machine. Raises `FileNotFoundError` for none, `ValueError` for addresses and other files."
     patterns = [os.fspath(p) for p in ([patterns] if isinstance(patterns, (str, os.PathLike)) else patterns)]
     for p in patterns:
-        if is_remote(p): raise ValueError(f'{redact(p)}: the shards must be on this machine; copy them first: mdm_dataset download')
+        if is_remote(p):
+            raise ValueError(f'{redact(p)}: the shards must be on this machine; copy them first: mdm_dataset download')
     found = find_files([os.path.join(p, '*.tar') if os.path.isdir(os.path.expanduser(p)) else p for p in patterns])
     for f in found:
         if not is_tar(f): raise ValueError(f'{f} is no tar ({", ".join(TARS)}): name shards, or a folder of them')
@@ -309,7 +313,7 @@ BLOCK = 4*2**20   # bytes per request
 
 # %% ../../nbs/2_data/02_files.ipynb #4624244f
 class RemoteFile(io.RawIOBase):
-    "A file at an address, for reading. Raises `FileNotFoundError`, `PermissionError`, or `ConnectionError` after the last try."
+    "A file at an address, for reading. Raises `FileNotFoundError`, `PermissionError`, `ConnectionError`."
     def __init__(self,
         path:str, # the address
     ):
@@ -332,7 +336,8 @@ def seek(self:RemoteFile,
     whence:int=0, # from 0: the beginning, 1: the present place, 2: the end
 )->int: # the new place
     "Go to another place of the file."
-    if whence == 2 and self.size is None: raise io.UnsupportedOperation(f'{self.name}: the server does not say how large it is')
+    if whence == 2 and self.size is None:
+        raise io.UnsupportedOperation(f'{self.name}: the server does not tell how large it is')
     self.pos = offset + (0, self.pos, self.size)[whence]
     return self.pos
 
@@ -421,7 +426,8 @@ def _table_kind(path, kind=None):
     name = (path.split('?')[0] if is_remote(path) else path).lower().removesuffix('.gz')
     for kind, ending in _kinds.items():
         if name.endswith(ending): return kind
-    raise ValueError(f'{redact(path)} is no table: its name must end in {", ".join(_kinds.values())}, or .gz after that')
+    endings = ', '.join(_kinds.values())
+    raise ValueError(f'{redact(path)} is no table: its name must end in {endings}, or .gz after that')
 
 # %% ../../nbs/2_data/02_files.ipynb #a343e46f
 def _text_lines(path, kind, errors):
@@ -449,7 +455,8 @@ def _objects(f):
     for n, line in enumerate(f, 1):
         if not line.strip(): continue
         row = json.loads(line)
-        if not isinstance(row, dict): raise ValueError(f'expected an object such as {{"caption": "a cat"}}, found {line.strip()[:60]!r}')
+        if not isinstance(row, dict):
+            raise ValueError(f'expected an object such as {{"caption": "a cat"}}, found {line.strip()[:60]!r}')
         yield n, row
 
 def _dicts(f, kind, names, quotes):
@@ -466,7 +473,7 @@ def _open_parquet(path):
     "An open parquet file. Raises `ImportError` without pyarrow, `ValueError` when it is none."
     try: import pyarrow.parquet as pq
     except ImportError as e:
-        raise ImportError(f"{redact(path)}: reading parquet needs pyarrow: pip install 'matryoshka-diffusion[data]'") from e
+        raise ImportError(f"{redact(path)}: parquet needs pyarrow: pip install 'matryoshka-diffusion[data]'") from e
     try: return pq.ParquetFile(open_file(path))
     except ValueError as e: raise ValueError(f'{redact(path)} is not a parquet file: {e}') from e
 
@@ -482,9 +489,9 @@ def _parquet_rows(path, keep):
 def read_table(
     path:str|Path, # path or address of a table
     kind:str|None=None, # 'csv', 'tsv', 'jsonl', 'txt' or 'parquet'; None: what its name says
-    names:list[str]|None=None, # names of the columns of a csv or tsv without a header line; None: its first line has them
+    names:list[str]|None=None, # columns of a csv or tsv without a header line; None: its first line has their names
     keep:list[str]|None=None, # the columns that are wanted; None: all
-    quotes:bool=True, # in a tsv, quotation marks enclose cells with tabs or line breaks; False: a row is a line, marks are text
+    quotes:bool=True, # in a tsv, quotation marks enclose cells; False: a row is a line, and marks are text
     errors:str='surrogateescape', # for bytes that are not UTF-8: 'strict' is an error, 'surrogateescape' keeps them
 )->Iterator[tuple[int, dict]]: # (line number, row: column -> text, or JSON value); missing cells are ''
     "Read a table row by row. Raises `FileNotFoundError`, `ImportError`, or `ValueError` that names the line."
@@ -498,9 +505,11 @@ def read_table(
         while True:
             try: n, row = next(rows)
             except StopIteration: return
-            except UnicodeDecodeError as e: raise ValueError(f'{redact(path)} is not UTF-8 text ({e.reason}); save it as UTF-8') from e
+            except UnicodeDecodeError as e:
+                raise ValueError(f'{redact(path)} is not UTF-8 text ({e.reason}); save it as UTF-8') from e
             except (ValueError, csv.Error, gzip.BadGzipFile, EOFError) as e:
-                raise ValueError(f'{redact(path)}, after line {n}: damaged, or not a table of this kind (.{kind}): {e}') from e
+                what = f'damaged, or not a table of this kind (.{kind})'
+                raise ValueError(f'{redact(path)}, after line {n}: {what}: {e}') from e
             yield n, row if keep is None else {k: row[k] for k in keep if k in row}
 
 # %% ../../nbs/2_data/02_files.ipynb #13eccf01
@@ -533,22 +542,23 @@ def pick_column(
     raise ValueError(f"{place} has no column for the {what}: found {found}; expected one of {', '.join(guesses)}")
 
 # %% ../../nbs/2_data/02_files.ipynb #fe871d92
+def _caption_of(row, column, place):
+    "The caption in a row. Raises `ValueError` when it has none, or one that is no text."
+    if column not in row: raise ValueError(f'{place}: it has {", ".join(row) or "nothing"}, but none that is called {column}')
+    if not isinstance(row[column], str): raise ValueError(f'{place}: the caption is {row[column]!r}, expected a text')
+    return row[column]
+
 def read_captions(
-    path:str|Path, # .txt: one caption a line; .jsonl: objects with "caption"; .csv and .tsv: a column called caption
+    path:str|Path, # a table with a column or key `caption`; any other file: one caption a line
 )->list[str]: # not empty; blank ones are left out
     "Read a file of captions. Raises `FileNotFoundError`, or `ValueError` that names the line."
     path, captions = Path(path), []
     if not path.is_file(): raise FileNotFoundError(f'captions: there is no file {path}')
-    kind = {'.csv': 'csv', '.tsv': 'tsv', '.jsonl': 'jsonl'}.get(path.suffix.lower(), 'txt')
+    kind = next((k for k, ending in _kinds.items() if path.name.lower().removesuffix('.gz').endswith(ending)), 'txt')
     column = 'text' if kind == 'txt' else 'caption'
     try:
         for n, row in read_table(path, kind, errors='strict'):
-            if column not in row and kind == 'jsonl':
-                raise ValueError(f'{path}, line {n}: expected an object such as {{"caption": "a cat"}}, found one with {", ".join(row) or "nothing"}')
-            if column not in row:
-                raise ValueError(f'{path} has the columns {", ".join(row)}, but none that is called caption')
-            if not isinstance(row[column], str): raise ValueError(f'{path}, line {n}: the caption is {row[column]!r}, expected a text')
-            captions.append(row[column].strip())
+            captions.append(_caption_of(row, column, f'{path}, line {n}').strip())
     except ValueError as e: raise ValueError(f'captions: {e}') from e
     captions = [c for c in captions if c]
     if not captions: raise ValueError(f'captions: {path} holds none; write one a line')
@@ -590,7 +600,7 @@ def read_manifest(
 # %% ../../nbs/2_data/02_files.ipynb #ddee0716
 def known_shards(
     path:str, # path or address of a shard
-)->dict: # name of each shard in that folder -> {'samples': how many, 'bytes': size of the tar}; empty without a usable manifest
+)->dict: # name of each shard -> {'samples': how many, 'bytes': size of the tar}; empty without a usable manifest
     "The shards that the manifest beside a shard knows."
     try: manifest = _parse_manifest(resolve_sibling(path, MANIFEST)) or {'shards': {}}
     except (OSError, ValueError): return {}
@@ -598,7 +608,7 @@ def known_shards(
     return {name: s for name, s in manifest['shards'].items() if complete(s)}
 
 # %% ../../nbs/2_data/02_files.ipynb #f65383d3
-linked_files = {}   # ending, such as '.tsv' -> function(path) -> names, relative to the file, of the files that it refers to
+linked_files = {}   # ending, such as '.tsv' -> function(path) -> names of the files that it refers to, relative to it
 
 def _links_of(path, name):
     "The files that a file refers to, relative to it."
@@ -610,7 +620,7 @@ def _links_of(path, name):
 class _Targets(dict):
     "Name of each copy, relative to the folder -> (address, `FileInfo` or None)."
     def put(self, name, path, info=None):
-        "Add a copy and those that it refers to. Raises `ValueError` for a name outside the folder, or one that is taken."
+        "Add a copy and those that it refers to. Raises `ValueError` for a name outside the folder, or a taken one."
         if name.startswith('..') or os.path.isabs(name) or '://' in name:
             raise ValueError(f'{redact(path)} would be copied to {redact(name)!r}, outside the folder')
         known = self.get(name)
@@ -696,7 +706,8 @@ def _copy(info, target, stop, bar):
         if whole and (sums[-1] == info.md5 or sums[-1] in sums[:-1]): break
         partial.unlink()
         if len(sums) > 2:
-            raise ConnectionError(f'{redact(info.path)} is different every time: its size or MD5 sum is not what the server says')
+            raise ConnectionError(f'{redact(info.path)} is different every time: its size or MD5 sum is not the one '
+                                  'that the server gives')
     if info.modified: os.utime(partial, (info.modified, info.modified))
     os.replace(partial, target)
     return max(fetched, 1)
@@ -709,7 +720,7 @@ def download(
     parts:int=1, # among how many the work is shared
     threads:int=8, # files at the same time
     progress:bool=False, # show a bar of bytes
-)->dict: # {'files': in this share, 'fetched': newly copied, 'already': were there, 'bytes': newly copied, 'failed': {address: why}}
+)->dict: # numbers of `files` in this share, `fetched`, `already` there, `bytes` fetched; `failed`: {address: why}
     "Copy files to this machine. Raises what `list_files` raises, `ValueError`, and `OSError` when the disk is full."
     if not 0 <= part < parts: raise ValueError(f'part is {part}, but with parts={parts} it must be from 0 to {parts-1}')
     failed, share = {}, list(_targets(selection).items())[part::parts]

@@ -21,7 +21,8 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from .files import FileInfo, TARS, file_info, is_tar, known_shards, list_files, open_file, redact, resolve_sibling
+from .files import (FileInfo, MANIFEST, TARS, file_info, is_tar, known_shards, list_files, open_file, redact,
+                            resolve_sibling)
 from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
@@ -31,8 +32,8 @@ from ..utils.ranks import rank_and_world
 @config_class
 class DataConfig:
     "Which pictures to read, and how."
-    files:list[str] = field(default_factory=list) # tars, here or afar; braces `{00000..00006}.tar` and wildcards `*.tar` stand for many
-    weights:list[float]|None=None # share of each entry of `files` in the training pictures; None: every picture equally often
+    files:list[str] = field(default_factory=list) # tars, here or afar; braces `{0..6}.tar` and wildcards `*.tar` stand for many
+    weights:list[float]|None=None # share of each entry of `files` in the training; None: every picture equally often
     image_size:int=64 # side of the pictures in a batch, in pixels
     crop:Literal['center','random']='center' # which square of an oblong picture to keep
     epoch_size:int|None=None # pictures per epoch, over all processes; None: one pass over all of them
@@ -134,26 +135,27 @@ def _collect(patterns):
         for f in list_files(pattern): found.setdefault(f.path, (f, k))
     for f, _ in found.values():
         if not shard_format(f.name):
-            raise ValueError(f'data files: {redact(f.path)!r} cannot be read: the name of a shard ends in {", ".join(shard_formats)}')
+            endings = ', '.join(shard_formats)
+            raise ValueError(f'data files: {redact(f.path)!r} cannot be read: the name of a shard ends in {endings}')
     return [f for f, _ in found.values()], [k for _, k in found.values()]
 
 def _manifests(files, pool):
     "Path of a manifest -> what it says, for the folders that hold tars."
-    folders = {resolve_sibling(f.path, 'manifest.json'): f.path for f in files if is_tar(f.name)}
+    folders = {resolve_sibling(f.path, MANIFEST): f.path for f in files if is_tar(f.name)}
     return dict(zip(folders, pool.map(known_shards, folders.values())))
 
 # %% ../../nbs/2_data/04_stream.ipynb #22472af9
 def find_shards(
     patterns:list, # files, spelled as for `find_files`
 )->list[Shard]: # those with at least one sample; a file that two patterns fit belongs to the first
-    "Find and count all shards. Raises `FileNotFoundError`, `PermissionError`, `ConnectionError`, or `ValueError` for files of another kind."
+    "Find and count all shards. Raises what `list_files` raises, and `ValueError` for files of another kind."
     files, sources = _collect(patterns)
     rank, world = rank_and_world()
     first = len(files)*rank//world
     turned = files[first:] + files[:first]
     with ThreadPoolExecutor(8) as pool:
         manifests = _manifests(files, pool)
-        def find(f): return shard_format(f.name).find(f, manifests.get(resolve_sibling(f.path, 'manifest.json'), {}))
+        def find(f): return shard_format(f.name).find(f, manifests.get(resolve_sibling(f.path, MANIFEST), {}))
         shards = dict(zip(turned, tqdm(pool.map(find, turned), 'counting samples', len(turned), leave=False, delay=3)))
     for f, k in zip(files, sources):
         for s in shards[f]: s.source = k
@@ -222,7 +224,7 @@ def shuffled(
 
 # %% ../../nbs/2_data/04_stream.ipynb #a34ac010
 class PictureStream(IterableDataset):
-    "The share of one process in epoch `self.epoch`, in chunks: (pictures `[n,3,S,S]` or None, captions, scales `[n]`, skipped, (reader, its bookmark))."
+    "One process's share of an epoch: (pictures `[n,3,S,S]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
     def __init__(self,
         shards:list, # `Shard`s, not empty
         config:DataConfig, # image size, crop, epoch size, shuffle buffer, weights
@@ -313,8 +315,8 @@ def _items(self:PictureStream, start, stop, used):
     needed = np.ones(stop - start, bool)
     needed[np.array(used, int)] = False
     turns, rest = divmod(start, len(self.turn))
-    per_turn = np.bincount(self.turn, minlength=len(self.sources))
-    before = turns*per_turn + np.bincount(self.turn[:rest], minlength=len(self.sources))        # samples of each source before `start`
+    per_source = partial(np.bincount, minlength=len(self.sources))             # how many places each source has
+    before = turns*per_source(self.turn) + per_source(self.turn[:rest])        # places before `start`
     rows = [self._source_items(k, int(before[k]), needed[which == k]) for k in range(len(self.sources))]
     for place, k in zip(range(start, stop), which): yield place, next(rows[k])
 
@@ -350,7 +352,7 @@ def _pictures(self:PictureStream, name, mark, skipped):
 
 @patch
 def _next_stretch(self:PictureStream, mark):
-    "Move a bookmark to the stretch that fills the gaps of the one that has ended; an empty one when there are none to fill."
+    "Move a bookmark to the stretch that fills the gaps of the one that has ended; it may be empty."
     places, good, stop = mark['stop'] - mark['at'], mark['good'], mark['stop']
     gaps = places - good if self.endless else 0
     mark.update(at=stop, stop=stop + gaps, used=0, good=0, barren=0 if good else mark['barren'] + places)

@@ -9,7 +9,8 @@ __all__ = ['NOT_IN_TAR', 'split_regex', 'expand_regex', 'read_index', 'index_lin
 import os, re, tarfile
 from collections import Counter, defaultdict
 from functools import lru_cache
-from ..data.files import exists, linked_files, matching_files, open_file, pattern_kinds, read_table, redact, resolve_sibling, split_pattern
+from ..data.files import (exists, linked_files, matching_files, open_file, pattern_kinds, read_table, redact,
+                            resolve_sibling, split_pattern)
 from ..data.samples import tar_members
 from ..data.stream import Shard, ShardFormat, shard_formats
 
@@ -23,15 +24,16 @@ def split_regex(
 def expand_regex(
     pattern:str, # as for `split_regex`
 )->tuple[str, list]: # (folder, `FileInfo` of each file)
-    "The files that a regular expression fits. Raises `ValueError` when it is none, `FileNotFoundError` when nothing fits."
+    "Find the files that a regular expression fits. Raises `ValueError` when it is none, `FileNotFoundError` for no file."
     folder, regex = split_regex(pattern)
     name = redact(f're:{folder}{regex}')
     try: re.compile(regex)
     except re.error as e: raise ValueError(f'data files: {name!r} is not a regular expression: {e}') from e
     if folder.lower().startswith('http'):
-        raise ValueError(f'data files: {name!r}: a web server gives no listing to choose from: write the names with braces')
+        raise ValueError(f'data files: {name!r}: a web server gives no listing: write the names with braces')
     if found := matching_files(folder, regex, deep=True): return folder, found
-    raise FileNotFoundError(f'data files: no file under {redact(folder) or "."!r} fits the regular expression {regex!r}')
+    where = redact(folder) or '.'
+    raise FileNotFoundError(f'data files: no file under {where!r} fits the regular expression {regex!r}')
 
 pattern_kinds['re:'] = expand_regex
 
@@ -70,8 +72,8 @@ def find_indexed(
     if rows and 'filename' in rows[0]:
         tables = [resolve_sibling(info.path, r['filename']) for r in rows]
         if missing := [t for t in tables if not exists(t)]:
-            raise FileNotFoundError(f'the index {redact(info.path)!r} lists {redact(missing[0])!r}, which does not exist '
-                                    f'({len(missing)} of {len(tables)} are missing)')
+            raise FileNotFoundError(f'the index {redact(info.path)!r} lists {redact(missing[0])!r}, '
+                                    f'which does not exist ({len(missing)} of {len(tables)} are missing)')
     return [Shard(tar, len(files), table) for table in tables for tar, files in read_index(table).items()]
 
 # %% ../../nbs/5_edges/03_reference_tables.ipynb #6fab2343
@@ -91,7 +93,8 @@ def read_indexed(
             wanted[os.path.normpath(file)].append(caption.encode('utf-8', 'surrogateescape'))
         try:
             for m in tar_members(tar):
-                for caption in wanted.pop(os.path.normpath(m.name), []): yield {'jpg': tar.extractfile(m).read(), 'txt': caption}
+                for caption in wanted.pop(os.path.normpath(m.name), []):
+                    yield {'jpg': tar.extractfile(m).read(), 'txt': caption}
                 if not wanted: return
         finally:
             if wanted: skipped[NOT_IN_TAR] += sum(map(len, wanted.values()))
