@@ -223,7 +223,7 @@ def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, want):
 
 
 @pytest.mark.parametrize('name,text,want', [
-    ('c.txt', '\n \n', 'holds none'), ('c.csv', 'a,b\n1,2\n', 'columns a, b, but none that is called caption'), ('c.jsonl', '{"caption": "x"}\n{"caption": 3}\n', 'line 2'),
+    ('c.txt', '\n \n', 'holds none'), ('c.csv', 'a,b\n1,2\n', 'it has a, b, but none that is called caption'), ('c.jsonl', '{"caption": "x"}\n{"caption": 3}\n', 'line 2'),
     ('c.jsonl', '{"caption": "x"}\n{"text": "y"}\n', 'line 2'), ('c.jsonl', 'x', 'after line 0'), ('c.txt', b'caf\xe9', 'not UTF-8')])
 def test_captions_that_cannot_be_read_are_named(tmp_path, name, text, want):
     (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -1,10 +1,12 @@
 "Index tables and regular expressions, as the reference has them."
-import gzip
+import gzip, pickle, subprocess, sys
 
 import pytest
 from data_tools import captions, good, load, names, number, tar_bytes, write_index, write_shards
 from test_files import bucket, here_only, moto_port, web   # fixtures
+from mdm.data import stream
 from mdm.data.samples import BAD_CAPTION, BAD_TAR, NO_CAPTION
+from mdm.data.stream import find_shards
 from mdm.reference.tables import NOT_IN_TAR, read_index
 
 
@@ -52,3 +54,34 @@ def test_tars_and_tables_on_a_web_server(tmp_path, web, ranges):
     assert captions(loader) == ['two', 'three'] + names(range(9)) and loader.skipped == {BAD_TAR: 1}
     write_index(web.folder, 'filename\nin/x.tsv\nin/y.tsv\n', 'all.tsv')
     with pytest.raises(FileNotFoundError, match='in/y.tsv'): load([f'{web.url}/all.tsv'])
+
+
+def test_the_core_reads_tables_through_the_plug_in_only(tmp_path):
+    "Nothing of `mdm.reference` is imported before a table is met; the plug-in is found through its entry point."
+    write_shards(tmp_path, 3)
+    write_index(tmp_path, 'tar\tfile\tcaption\n00000.tar\t000001.png\tone\n')
+    code = f'''import sys
+from mdm.data.loader import create_loader
+from mdm.data.stream import DataConfig
+loader = create_loader(DataConfig(files=[{str(tmp_path/'00000.tar')!r}], image_size=8, workers=0), 1, train=False)
+before = [m for m in sys.modules if m.startswith('mdm.reference')]
+for files in ([{str(tmp_path/'x.tsv')!r}], ['re:{tmp_path}/x.t..']):
+    print(before, [c for b in create_loader(DataConfig(files=files, image_size=8, workers=0), 1, train=False) for c in b[1]])'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.stdout == "[] ['one']\n"*2, out.stderr
+
+
+def test_a_worker_that_is_spawned_finds_the_reader_of_its_shards(tmp_path):
+    "Such a worker has imported the stream only, not the plug-in."
+    write_shards(tmp_path, 3)
+    shard, = find_shards(write_index(tmp_path, 'tar\tfile\tcaption\n00000.tar\t000001.png\tone\n'))
+    code = f'import pickle\nshard = pickle.loads({pickle.dumps(shard)!r})\nfrom mdm.data.stream import read_shard\nprint([s["txt"] for s in read_shard(shard, 0, 1, None)])'
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.stdout == "[b'one']\n", out.stderr
+
+
+def test_without_the_plug_in_a_table_is_refused_in_words(tmp_path, monkeypatch):
+    files = write_index(tmp_path, 'tar\tfile\tcaption\n')
+    monkeypatch.delitem(stream.shard_formats, '.tsv')
+    monkeypatch.setattr(stream, 'load_formats', lambda: [])
+    with pytest.raises(ValueError, match='x.tsv.*the name of a shard ends in .tar'): find_shards(files)

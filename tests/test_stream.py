@@ -9,6 +9,7 @@ from mdm.data import files as S, stream as D
 from mdm.data.files import find_files
 from mdm.data.loader import PictureLoader
 from mdm.data.stream import DataConfig, PictureStream, find_shards, locate, shuffled
+from mdm.utils.configs import violations
 
 
 # --- shards
@@ -135,3 +136,8 @@ def test_weighted_epochs(tmp_path):
     for w, text in (([1], '2 entries'), ([1, 0], '2 entries'), ([1, float('nan')], 'finite number')):
         with pytest.raises(ValueError, match=text): load(files, 4, True, weights=w)
     with pytest.raises(ValueError, match='no samples of their own'): load([files[0], files[0]], 4, True, weights=[1, 1])
+
+
+def test_a_weight_that_is_no_number_breaks_a_rule():
+    for w in ([1, float('nan')], [float('nan'), 1], [1, float('inf')]): assert 'weights' in violations(DataConfig(files=['a', 'b'], weights=w))[0]
+    assert not violations(DataConfig(files=['a', 'b'], weights=[1, 2.5]))

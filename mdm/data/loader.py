@@ -35,7 +35,7 @@ def end_with_parent(
 
 # %% ../../nbs/2_data/05_loader.ipynb #15316bd4
 class PictureLoader:
-    "Batches (pictures `[B,3,S,S]` uint8, captions, `{'scale': [B] float32}`); `skipped` counts what the current epoch could not use."
+    "Batches (pictures `[B,3,S,S]` uint8, captions, `{'scale': [B] float32}`); `skipped` counts reasons in this epoch."
     def __init__(self,
         dataset:PictureStream, # this process's share of the data
         workers:int=0, # worker processes
@@ -64,8 +64,9 @@ def _settings(self:PictureLoader):
     "What the order of the pictures depends on."
     data, config = self.dataset, self.dataset.config
     counts = [[s.count for s in source] for source in data.sources]
-    return dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed, train=data.train,
-                shuffle=config.shuffle, epoch=data.size, samples=[[sum(c), zlib.crc32(repr(c).encode())] for c in counts],
+    samples = [[sum(c), zlib.crc32(repr(c).encode())] for c in counts]
+    return dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed,
+                train=data.train, shuffle=config.shuffle, epoch=data.size, samples=samples,
                 weights=[*config.weights] if config.weights else None)
 
 @patch
@@ -102,14 +103,16 @@ def _chunks(self:PictureLoader, place):
     "The chunks of all readers from a place on."
     data = self.dataset
     data.epoch, data.bookmarks, data.first = place['epoch'], [*place['readers']], place['next']
-    return DataLoader(data, batch_size=None, num_workers=self.workers, worker_init_fn=end_with_parent, generator=torch.Generator())
+    return DataLoader(data, batch_size=None, num_workers=self.workers, worker_init_fn=end_with_parent,
+                      generator=torch.Generator())
 
 @patch
 def _epoch(self:PictureLoader, start):
     "The batches of an epoch from a place on."
     place = self._running = deepcopy(start)
     self.epoch, self.skipped = place['epoch'] + 1, Counter(place['skipped'])
-    rest, pending, used = None, deque(), place['used']       # `used`: pictures of the first chunk that were handed out before
+    rest, pending = None, deque()
+    used = place['used']                                     # pictures of the first chunk that were handed out before
     for *chunk, skipped, (worker, bookmark) in self._chunks(place):
         self.skipped.update(skipped)
         pending.append((len(chunk[1]), worker, bookmark, skipped))
@@ -126,7 +129,7 @@ def _epoch(self:PictureLoader, start):
 # %% ../../nbs/2_data/05_loader.ipynb #55e649f5
 @patch
 def _report(self:PictureLoader, place, left):
-    "Warn of skipped samples. Raises `ValueError` for an epoch that has too few batches; `left` pictures did not fill one."
+    "Warn of skipped samples. Raises `ValueError` for too few batches; `left` pictures did not fill one."
     why = ', '.join(f'{n} x {reason}' for reason, n in self.skipped.most_common())
     what = f'skipped {sum(self.skipped.values())}: {why}'
     least = len(self) if self.dataset.endless else min(len(self), 1)
@@ -134,27 +137,28 @@ def _report(self:PictureLoader, place, left):
         files = [repr(redact(s.index or s.tar)) for s in self.dataset.shards]
         some = ', '.join(files[:3]) + ' ...'*(len(files) > 3)
         more = ' more' if place['batch'] else ''
-        raise ValueError(f'data files: {left or "no"}{more} usable pictures in {some}, not enough for a batch of {self.bs} ({what})')
+        raise ValueError(f'data files: {left or "no"}{more} usable pictures in {some}, '
+                         f'not enough for a batch of {self.bs} ({what})')
     kind = 'training' if self.dataset.train else 'validation'
     if self.skipped: warnings.warn(f'epoch {place["epoch"]} of the {kind} data: {what}', stacklevel=4)
 
 @patch
 def __iter__(self:PictureLoader):
-    "One epoch, or the rest of one. Raises `ValueError` at its end when no batch could be made, or fewer than an epoch of set length promises."
+    "One epoch, or the rest of one. Raises `ValueError` at its end when it had too few usable pictures."
     resume, self._resume = self._resume, None
     start = resume if resume and resume['epoch'] == self.epoch else self._place(self.epoch)
     n = 0
     for n, batch in enumerate(self._epoch(start), 1): yield batch
-    if start['batch'] and not n: yield from self._epoch(self._place(self.epoch))               # nothing was left of that epoch
+    if start['batch'] and not n: yield from self._epoch(self._place(self.epoch))         # nothing was left of that epoch
 
 # %% ../../nbs/2_data/05_loader.ipynb #e9157821
 @patch
-def state_dict(self:PictureLoader)->dict: # a place as in the table above, made of numbers, strings, lists and dictionaries
+def state_dict(self:PictureLoader)->dict: # a place as in the table above, of numbers, strings, lists and dictionaries
     "Where this process is in its data, after the batch that was handed out last."
     if self._resume and self._resume['epoch'] == self.epoch: place, epoch = self._resume, self.epoch
     elif self._running and self._running['epoch'] == self.epoch - 1: place, epoch = self._running, self.epoch - 1
     else: return self._place(self.epoch)                     # somebody has set `epoch`, or nothing has begun
-    if self.dataset.train and place['batch'] >= len(self): return self._place(epoch + 1)        # that epoch is at its end
+    if self.dataset.train and place['batch'] >= len(self): return self._place(epoch + 1) # that epoch is at its end
     return deepcopy(place)
 
 # %% ../../nbs/2_data/05_loader.ipynb #2e42c19a
@@ -207,9 +211,9 @@ def create_loader(
     train:bool=True, # shuffled whole batches; False: everything once, in order, cropped from the centre
     seed:int=0, # same seed, epoch and number of workers: same batches
 )->PictureLoader: # iterate over it, once per epoch
-    "Stream captioned pictures. Raises `FileNotFoundError` or `ValueError` when the settings cannot give a single batch."
+    "Stream captioned pictures. Raises `FileNotFoundError`, or `ValueError` when the settings cannot give a batch."
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}, but must be at least 1')
-    config = changed(config if train else replace(config, weights=None), 'data')               # checks it; validation has no weights
+    config = changed(config if train else replace(config, weights=None), 'data')         # checked; validation has no weights
     shards = find_shards(config.files)
     if empty := _without_samples(config, shards):
         raise ValueError(f'data files: the files of {redact(empty)} hold no samples' + ' of their own'*bool(shards))
@@ -218,7 +222,7 @@ def create_loader(
         n = loader.dataset.total if config.epoch_size is None else config.epoch_size
         world = loader.dataset.world
         raise ValueError(f'an epoch has {n} pictures, fewer than one batch ({world} process{"es"*(world > 1)} with '
-                         f'train.batch_size={batch_size}): lower the batch size or set data.epoch_size to more than that')
+                         f'train.batch_size={batch_size}): lower the batch size, or set data.epoch_size to more')
     return loader
 
 # %% ../../nbs/2_data/05_loader.ipynb #3655a7b1

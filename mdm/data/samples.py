@@ -36,7 +36,7 @@ UNREACHABLE = 'tar that could not be fetched, in spite of several tries'
 def load_picture(
     data:bytes, # a picture file
     size:int, # side of the wanted square, in pixels
-    place:tuple[float, float]=(.5, .5), # where to crop, as fractions (across, down): (0, 0) is the top left, (.5, .5) the centre
+    place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
 )->tuple[Image.Image, int]: # (RGB picture of `size` by `size`, shorter side of the original in pixels)
     "Decode a picture, turn it upright, crop it to a square and resize it. Raises `Skip` when that cannot be done."
     try:
@@ -111,7 +111,7 @@ def tar_members(
 )->Iterator[tarfile.TarInfo]:
     "The regular files in a tar, in order. Raises one of `TAR_ERRORS` where the tar is damaged."
     for m in iter(tar.next, None):
-        tar.members.clear()                                  # tarfile would keep them all, which is much for a large tar
+        tar.members.clear()                                  # tarfile would keep them all, too many in a large tar
         if m.isreg(): yield m
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('no empty block at the end')
@@ -139,7 +139,7 @@ def read_tar(
     stop:int, # one past the last sample to read
     keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension
 )->Iterator[dict]: # extension -> bytes
-    "Read samples number `start` to `stop - 1` of a tar. Raises one of `TAR_ERRORS` after the samples before the damage."
+    "Read samples `start` to `stop - 1` of a tar. Raises one of `TAR_ERRORS` after the samples before the damage."
     with open_file(path) as f, tarfile.open(fileobj=f) as tar:
         for s in islice(tar_samples(tar), start, stop): yield {k: tar.extractfile(s[k]).read() for k in keys if k in s}
 

@@ -30,12 +30,13 @@ sizes = dict(small=7., large=10.4)         # half the width of a shape, in 1/32 
 positions = {'centre': (0, 0), 'top': (0, -1), 'bottom': (0, 1), 'left': (-1, 0), 'right': (1, 0),
              'top left': (-1, -1), 'top right': (1, -1), 'bottom left': (-1, 1), 'bottom right': (1, 1)}
 _offset = 3.8                              # how far a shape is moved from the centre, in 1/32 of the side
-attributes = dict(colour=list(colours), shape=shapes, size=list(sizes), position=list(positions), background=list(colours))
+attributes = dict(colour=list(colours), shape=shapes, size=list(sizes), position=list(positions),
+                  background=list(colours))
 
 # %% ../../nbs/2_data/01_shapes.ipynb #f886c611
 @dataclass(frozen=True)
 class Shape:
-    "What one picture shows. Raises `ValueError` for a word outside the vocabulary, and when shape and background share a colour."
+    "What one picture shows. Raises `ValueError` for unknown words, and when shape and background share a colour."
     colour:str     # colour of the shape, a key of `colours`
     shape:str      # one of `shapes`
     size:str       # 'small' or 'large'
@@ -47,14 +48,16 @@ class Shape:
             if getattr(self, k) not in words:
                 raise ValueError(f'Shape: {k}={getattr(self, k)!r} is unknown; choose from {", ".join(words)}')
         if self.colour == self.background:
-            raise ValueError(f'Shape: a {self.colour} {self.shape} on a {self.background} background cannot be seen; choose two colours')
+            raise ValueError(f'Shape: a {self.colour} {self.shape} on a {self.background} background cannot be seen; '
+                             'choose two colours')
 
 # %% ../../nbs/2_data/01_shapes.ipynb #bee47bb7
 def held_out(
     shape:Shape # only its colour, shape and background count
 )->bool:        # True for about one combination in ten
     "Is this (colour, shape, background) kept out of training? The answer is the same on every machine."
-    return hashlib.sha256(f'{shape.colour} {shape.shape} on {shape.background} background'.encode()).digest()[0] % 10 == 0
+    words = f'{shape.colour} {shape.shape} on {shape.background} background'
+    return hashlib.sha256(words.encode()).digest()[0] % 10 == 0
 
 @lru_cache
 def all_shapes(
@@ -67,7 +70,7 @@ def all_shapes(
 # %% ../../nbs/2_data/01_shapes.ipynb #8fa0ba65
 @lru_cache(4096)
 def _glyph(kind, radius, fx=0, fy=0, up=8):
-    "Soft mask (0..255). `radius`, and the centre's distance (fx, fy) from the middle of the mask, are in quarters of a pixel."
+    "Soft mask (0..255). The radius and the centre's distance (fx, fy) from the middle are in quarters of a pixel."
     r, n = radius*up/4, 2*(ceil(radius/4) + 1)
     x, y = n*up/2 + fx*up/4, n*up/2 + fy*up/4
     im = Image.new('L', (n*up, n*up))
@@ -128,14 +131,15 @@ def _find_word(what, words, text, caption, after=''):
 def parse_caption(
     caption:str # as `caption` writes them; capitals, extra spaces and "center" do no harm
 )->Shape:       # what the caption describes
-    "Read the attributes out of a caption. Raises `ValueError` that names the attribute which is missing or given twice."
-    if not isinstance(caption, str): raise ValueError(f'parse_caption: a caption is a string, not {type(caption).__name__}')
+    "Read the attributes out of a caption. Raises `ValueError` that names a missing or doubled attribute."
+    if not isinstance(caption, str):
+        raise ValueError(f'parse_caption: a caption is a string, not {type(caption).__name__}')
     text = re.sub(r'\b(center|middle)\b', 'centre', ' '.join(caption.lower().split()))
     text = re.sub(r'\bbackground is (\w+)', r'\1 background', text)
     thing = re.sub(r'\w+ background\b', '', text)            # the part about the shape
     find = lambda what, words: _find_word(what, words, thing, caption)
-    return Shape(find('colour of the shape', colours), find('shape', shapes), find('size', sizes), find('position', positions),
-                 _find_word('background', colours, text, caption, ' background\\b'))
+    return Shape(find('colour of the shape', colours), find('shape', shapes), find('size', sizes),
+                 find('position', positions), _find_word('background', colours, text, caption, ' background\\b'))
 
 # %% ../../nbs/2_data/01_shapes.ipynb #2d00e29e
 def random_shape(
@@ -179,15 +183,16 @@ def write_shapes(
     per_shard:int=1000,  # pictures in one tar
     held_out:bool=False, # False: only what training may see; True: only what it may not
 )->list[Path]:           # paths of the shards, shapes-000000.tar and on
-    "Write captioned shapes as shards. Raises `ValueError` for impossible numbers, `FileExistsError` for shards of another run."
+    "Write shapes as shards. Raises `ValueError` for impossible numbers, `FileExistsError` for shards of another run."
     if n < 1 or per_shard < 1 or size_px < 16:
-        raise ValueError(f'write_shapes: {n=}, {per_shard=}, {size_px=}; at least 1 picture, 1 per shard and 16 pixels are needed')
+        raise ValueError(f'write_shapes: {n=}, {per_shard=}, {size_px=}; '
+                         'at least 1 picture, 1 per shard and 16 pixels are needed')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder/f'shapes-{k:06d}.tar' for k in range(ceil(n/per_shard))]
     if extra := sorted(set(folder.glob('shapes-*.tar')) - set(paths)):
-        raise FileExistsError(f'write_shapes: {folder} holds {len(extra)} shards of an earlier run that would not be overwritten '
-                              f'({extra[0].name}, ...); remove them or choose another folder')
+        raise FileExistsError(f'write_shapes: {folder} holds {len(extra)} shards of an earlier run '
+                              f'that would not be overwritten ({extra[0].name}, ...); remove them or choose another folder')
     for k, path in enumerate(paths):
         with atomic_write(path) as f, TarWriter(f, encoder=False, mtime=0) as tar:
             for i in range(k*per_shard, min(n, (k+1)*per_shard)): tar.write(shape_sample(i, size_px, seed, held_out))
@@ -214,7 +219,8 @@ def _shrunk(pictures):
     if not ps: raise ValueError('judge: no pictures')
     for p in ps:
         if p.shape[1] != p.shape[2]:
-            raise ValueError(f'judge: a square picture is wanted, not {p.shape[2]} by {p.shape[1]} pixels; crop it first')
+            size = f'{p.shape[2]} by {p.shape[1]} pixels'
+            raise ValueError(f'judge: a square picture is wanted, not {size}; crop it first')
     return torch.stack([F.adaptive_avg_pool2d(p.float(), 32) for p in ps])
 
 # %% ../../nbs/2_data/01_shapes.ipynb #cf953cf2
@@ -228,19 +234,20 @@ def _mask(x):
     a = to @ (x.flatten(2) - b[..., None])/n2                                  # [B,7,1024] shares
     k = a.clamp(0, 1)
     residual = ((k.pow(2) - 2*k*a)*n2).sum(-1)                                 # [B,7], less what all have in common
-    best = residual.scatter(1, back[:, None], torch.inf).argmin(-1)            # [B] the colour, other than the background's
+    best = residual.scatter(1, back[:, None], torch.inf).argmin(-1)            # [B] not the background's colour
     return back, b, a[torch.arange(len(a)), best].clamp(-.5, 1.5).view(-1, 32, 32)
 
 # %% ../../nbs/2_data/01_shapes.ipynb #4a10515e
 def _best_template(mask):
     "Of masks [B,32,32]: the number of the best template, and its row and column, each [B]."
     templates, _ = _templates()
-    score = F.conv2d(mask[:, None], templates[:, None], bias=-templates.pow(2).sum((1, 2))/2, padding=4)       # [B,K,15,15]
+    bias = -templates.pow(2).sum((1, 2))/2
+    score = F.conv2d(mask[:, None], templates[:, None], bias=bias, padding=4)  # [B,K,15,15]
     best = score.flatten(1).argmax(-1)
     return best//225, best//15%15, best%15
 
 def _colour_in(x, b, k, i, j):
-    "The colour [B,3] that comes nearest to the pixels x [B,3,32,32] when it is pasted on `b` through template `k` at (i, j)."
+    "The colour [B,3] that is nearest to x [B,3,32,32] when it is pasted on `b` through template `k` at (i, j)."
     templates, size = _templates()[0], _templates()[0].pow(2).sum((1, 2))
     rest = F.pad(x - b[..., None, None], [4]*4)
     shares = [(o[:, i:i+26, j:j+26]*templates[k]).sum((1, 2))/size[k] for o, k, i, j in zip(rest, k, i, j)]
@@ -261,7 +268,7 @@ def _judge(x):
 def judge_all(
     pictures # list of square PIL pictures, or uint8 [B,3,S,S]; reliable from 32 pixels on
 )->list[Shape]: # what each picture shows
-    "Read the attributes of many pictures. Raises `TypeError` for anything else, `ValueError` for none, or for oblong pictures."
+    "Read the attributes of pictures. Raises `TypeError` for anything else, `ValueError` for none or oblong ones."
     return [s for chunk in _shrunk(pictures).split(256) for s in _judge(chunk)]
 
 def judge(
@@ -274,10 +281,11 @@ def judge(
 def prompt_accuracy(
     pictures,     # list of square PIL pictures, or uint8 [B,3,S,S]
     captions:list # the captions that they were made from, as `caption` writes them
-)->dict:          # share of right pictures (0 to 1) for colour, shape, size, position, background, and all of them together
-    "How often do pictures show what their captions ask for? Raises `ValueError` when the numbers differ or a caption cannot be read."
+)->dict:          # share of right pictures (0 to 1) for each attribute, and for all of them together (`all`)
+    "How often do pictures show what their captions ask for? Raises `ValueError` for unequal numbers or other captions."
     if len(pictures) != len(captions):
-        raise ValueError(f'prompt_accuracy: {len(pictures)} pictures but {len(captions)} captions; give one caption per picture')
+        raise ValueError(f'prompt_accuracy: {len(pictures)} pictures but {len(captions)} captions; '
+                         'give one caption per picture')
     pairs = list(zip(judge_all(pictures), map(parse_caption, captions)))
     right = {k: [getattr(a, k) == getattr(b, k) for a, b in pairs] for k in attributes}
     right['all'] = [a == b for a, b in pairs]
