@@ -13,6 +13,7 @@ __all__ = ['TIMEOUT', 'TRIES', 'WAIT', 'pattern_kinds', 'TARS', 'BLOCK', 'CAPTIO
 import base64, csv, errno, gzip, hashlib, io, json, os, posixpath, re, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -430,11 +431,12 @@ def _table_kind(path, kind=None):
     raise ValueError(f'{redact(path)} is no table: its name must end in {endings}, or .gz after that')
 
 # %% ../../nbs/2_data/02_files.ipynb #a343e46f
+@contextmanager
 def _text_lines(path, kind, errors):
-    "A text file of lines. Line ends within quoted cells stay as they are."
-    f = open_file(path)
-    if path.split('?')[0].lower().endswith('.gz'): f = gzip.open(f)
-    return io.TextIOWrapper(f, encoding='utf-8-sig', errors=errors, newline='\n' if kind == 'jsonl' else '')
+    "An open file of lines. Line ends within quoted cells stay as they are."
+    with open_file(path) as f:
+        raw = gzip.open(f) if path.split('?')[0].lower().endswith('.gz') else f
+        with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors, newline='\n' if kind == 'jsonl' else '') as text: yield text
 
 def _unquoted(cell):
     "A cell that is quoted as a whole, without its quotation marks."
@@ -469,21 +471,22 @@ def _dicts(f, kind, names, quotes):
         for n, cells in rows: yield n, dict(zip(names, cells + ['']*(len(names) - len(cells))))
 
 # %% ../../nbs/2_data/02_files.ipynb #0fdd5e1a
-def _open_parquet(path):
-    "An open parquet file. Raises `ImportError` without pyarrow, `ValueError` when it is none."
+def _parquet(f, path):
+    "A parquet file in an open file. Raises `ImportError` without pyarrow, `ValueError` when it is none."
     try: import pyarrow.parquet as pq
     except ImportError as e:
         raise ImportError(f"{redact(path)}: parquet needs pyarrow: pip install 'matryoshka-diffusion[data]'") from e
-    try: return pq.ParquetFile(open_file(path))
+    try: return pq.ParquetFile(f)
     except ValueError as e: raise ValueError(f'{redact(path)} is not a parquet file: {e}') from e
 
 def _parquet_rows(path, keep):
     "(row number, row) of a parquet file; an empty cell is ''."
     n = 0
-    for batch in _open_parquet(path).iter_batches(columns=keep):
-        for row in batch.to_pylist():
-            n += 1
-            yield n, {k: '' if v is None else v for k, v in row.items()}
+    with open_file(path) as f:
+        for batch in _parquet(f, path).iter_batches(columns=keep):
+            for row in batch.to_pylist():
+                n += 1
+                yield n, {k: '' if v is None else v for k, v in row.items()}
 
 # %% ../../nbs/2_data/02_files.ipynb #20fad778
 def read_table(
@@ -523,7 +526,8 @@ def column_names(
     "The cells of a table's first line, or the columns of a parquet file."
     path = os.fspath(path)
     kind = _table_kind(path, kind)
-    if kind == 'parquet': return _open_parquet(path).schema_arrow.names
+    if kind == 'parquet':
+        with open_file(path) as f: return _parquet(f, path).schema_arrow.names
     with _text_lines(path, kind, 'surrogateescape') as f:
         try: return next(_cells(f, kind, quotes), (0, []))[1]
         except (csv.Error, gzip.BadGzipFile, EOFError) as e: raise ValueError(f'{redact(path)} is damaged: {e}') from e

@@ -116,7 +116,7 @@ def _epoch(self:PictureLoader, start):
     for *chunk, skipped, (worker, bookmark) in self._chunks(place):
         self.skipped.update(skipped)
         pending.append((len(chunk[1]), worker, bookmark, skipped))
-        if not chunk[1]: continue                            # only news of skipped samples
+        if not chunk[1]: continue                            # only reasons of skipped samples
         rest = _joined(rest, [o[used:] for o in chunk])
         used = 0
         while len(rest[1]) >= self.bs:
@@ -157,7 +157,7 @@ def state_dict(self:PictureLoader)->dict: # a place as in the table above, of nu
     "Where this process is in its data, after the batch that was handed out last."
     if self._resume and self._resume['epoch'] == self.epoch: place, epoch = self._resume, self.epoch
     elif self._running and self._running['epoch'] == self.epoch - 1: place, epoch = self._running, self.epoch - 1
-    else: return self._place(self.epoch)                     # somebody has set `epoch`, or nothing has begun
+    else: return self._place(self.epoch)                     # `epoch` was set, or nothing has begun
     if self.dataset.train and place['batch'] >= len(self): return self._place(epoch + 1) # that epoch is at its end
     return deepcopy(place)
 

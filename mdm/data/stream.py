@@ -208,7 +208,7 @@ def mixture(
 def shuffled(
     items:Iterable, # in their order
     size:int, # length of the buffer; 0: leave the order alone
-    rng:random.Random, # source of random numbers that nobody else uses
+    rng:random.Random, # source of random numbers that is used for nothing else
 )->Iterator: # the same items
     "Shuffle a stream with a buffer."
     buffer = []
@@ -299,7 +299,7 @@ def _piece(self:PictureStream, shard, start, stop):
 
 @patch
 def _source_items(self:PictureStream, k, start, needed):
-    "One item for each place of a source's own row from `start` on; `needed` says which of them somebody wants."
+    "One item for each place of a source's own row from `start` on; `needed` marks those that will be used."
     counts, i = [s.count for s in self.sources[k]], 0
     for s, first, last in locate(counts, start, start + len(needed), partial(self.order, k)):
         n = last - first
