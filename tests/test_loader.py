@@ -341,3 +341,15 @@ def test_workers_end_with_their_parent(tmp_path):
     p.kill()
     p.join()
     assert len(children) == 2 and not psutil.wait_procs(children, timeout=30)[1]
+
+
+def test_batches_for_a_gpu(tmp_path):
+    "A rehearsal with fake CUDA tensors: pictures and numbers go to the device, captions stay strings."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    loader = load(write_shards(tmp_path, 7), 2, True).to('cuda')
+    real = loader._chunks
+    chunks = [*real(loader._place(0))]
+    loader._chunks = lambda place: iter(chunks)              # the files are read without the fake mode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        imgs, caps, micros = next(iter(loader))
+    assert imgs.device.type == micros['scale'].device.type == 'cuda' and imgs.shape == (2, 3, 8, 8) and [type(c) for c in caps] == [str, str]
