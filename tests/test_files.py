@@ -1,11 +1,13 @@
-"Storage: real servers on this machine (an S3 server, web servers), healthy ones and broken ones; no other network."
-import base64, hashlib, http.client, http.server, io, json, logging, os, re, subprocess, sys, threading, time
+"Files: real servers on this machine (an S3 server, web servers), healthy ones and broken ones; no other network."
+import base64, gzip, hashlib, http.client, http.server, io, json, logging, os, re, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mdm.data.loader import files as S
-from mdm.data.files import FileInfo, beside, download, exists, file_info, find_files, list_files, open_file, read_manifest, read_rows, redact, split_pattern
+from mdm.data import files as S
+from mdm.data.files import (FileInfo, column_names, download, exists, file_info, find_files, find_tars, known_shards, list_files, open_file, read_captions,
+                            read_manifest, read_table, redact, resolve_sibling, split_pattern)
+from mdm.reference.tables import split_regex
 
 KEY, SECRET = 'AKIAQUITESECRET00001', 'wJalr/XUtnFEMI+K7MDENG'
 
@@ -138,16 +140,21 @@ def test_redact(text, want): assert redact(text) == want
 
 
 @pytest.mark.parametrize('pattern,want', [
-    ('s3://my.bucket/a/b_00.*.tsv', ('s3://my.bucket/a/', 'b_00.*.tsv')), ('re:s3://my.bucket/a/b_00.*.tsv', ('s3://my.bucket/a/', 'b_00.*.tsv')), ('re:s3://my.bucket/v1.0/b', ('s3://my.bucket/', 'v1.0/b')),
-    ('re:../a/./b/(c|d)/e', ('../a/./b/', '(c|d)/e')), (r're:\d+\.tar', ('', r'\d+\.tar')), ('/a/b.tar', ('/a/', 'b.tar')), ('b.tar', ('', 'b.tar')), ('re:/x/a/y|b/z', ('/x/a/', 'y|b/z')),
+    ('s3://my.bucket/a/b_00.*.tsv', ('s3://my.bucket/a/', 'b_00.*.tsv')), ('/a/b.tar', ('/a/', 'b.tar')), ('b.tar', ('', 'b.tar')),
     ('https://h.org/a?b=c/d', ('https://h.org/', 'a?b=c/d')), ('https://h.org/a/{0..3}.tar?x', ('https://h.org/a/', '{0..3}.tar?x')), ('s3://b/a?/c', ('s3://b/', 'a?/c'))])
 def test_split_pattern(pattern, want): assert split_pattern(pattern) == want
+
+
+@pytest.mark.parametrize('pattern,want', [
+    ('s3://my.bucket/a/b_00.*.tsv', ('s3://my.bucket/a/', 'b_00.*.tsv')), ('s3://my.bucket/v1.0/b', ('s3://my.bucket/', 'v1.0/b')), ('../a/./b/(c|d)/e', ('../a/./b/', '(c|d)/e')),
+    (r'\d+\.tar', ('', r'\d+\.tar')), ('/x/a/y|b/z', ('/x/a/', 'y|b/z'))])
+def test_split_regex(pattern, want): assert split_regex(pattern) == want
 
 
 @pytest.mark.parametrize('path,name,want', [
     ('a/b.tsv', 'c.tar', 'a/c.tar'), ('a/b.tsv', '/c.tar', '/c.tar'), ('a/b.tsv', 's3://x/c.tar', 's3://x/c.tar'), ('s3://x/a/b.tsv', '../c.tar', 's3://x/c.tar'),
     ('s3://x/a/b.tsv', '/etc/c.tar', 's3://x/a/etc/c.tar'), ('https://h/a/b.tsv?sig=1', 'c d.tar', 'https://h/a/c d.tar')])
-def test_beside(path, name, want): assert beside(path, name) == want
+def test_resolve_sibling(path, name, want): assert resolve_sibling(path, name) == want
 
 
 def test_importing_loads_no_driver_and_reaches_for_nothing():
@@ -163,7 +170,7 @@ print([m for m in ('aiohttp','s3fs','botocore','aiobotocore') if m in sys.module
 def test_a_missing_extra_is_named(here_only, address, module):
     here_only.setitem(sys.modules, module, None)
     here_only.delitem(sys.modules['fsspec.registry']._registry, 's3', raising=False)    # another test may have loaded it
-    assert "pip install 'mdm[data]'" in fails(ImportError, find_files, address)
+    assert "pip install 'matryoshka-diffusion[data]'" in fails(ImportError, find_files, address)
     assert 'gopher' in fails(ValueError, find_files, 'gopher://x/y')
 
 
@@ -186,6 +193,52 @@ def test_download_copies_local_files_too(tmp_path):
     assert download(str(tmp_path/'*.tar'), tmp_path/'to')['fetched'] == 3 and (tmp_path/'to/2.tar').read_bytes() == b'2'
     for kw in (dict(part=2, parts=2), dict(part=-1)): assert 'part is' in fails(ValueError, lambda: download(str(tmp_path/'*.tar'), tmp_path/'to', **kw))
     assert 'data.files is empty' in fails(ValueError, download, [], tmp_path)
+
+
+# --- tables
+
+TABLES = {'csv': 'a,b\n1,"x,\ny"\n\n2\n', 'tsv': 'a\tb\n1\t"x,\ny"\n\n2\n', 'jsonl': '{"a": "1", "b": "x,\\ny"}\n\n{"a": "2", "b": ""}\n'}
+
+
+@pytest.mark.parametrize('kind', [*TABLES, 'csv.gz', 'tsv.gz', 'parquet'])
+def test_tables_of_every_kind(tmp_path, kind):
+    path, want = tmp_path/f't.{kind}', [{'a': '1', 'b': 'x,\ny'}, {'a': '2', 'b': ''}]
+    text = TABLES.get(kind.removesuffix('.gz'), '').encode()
+    if kind == 'parquet':
+        pa = pytest.importorskip('pyarrow')
+        pytest.importorskip('pyarrow.parquet').write_table(pa.table({'a': ['1', '2'], 'b': ['x,\ny', None], 'c': [0, 0]}), path)
+    else: path.write_bytes(gzip.compress(text) if kind.endswith('gz') else text)
+    assert [r for _, r in read_table(path, keep=['a', 'b'])] == want
+    assert [r for _, r in read_table(path, keep=['a'])] == [{'a': '1'}, {'a': '2'}]
+    if kind != 'jsonl': assert column_names(path)[:2] == ['a', 'b']
+
+
+@pytest.mark.parametrize('name,data,want', [
+    ('t.csv', b'a,b\n1,' + b'x' * 200_000, 't.csv, after line 0'), ('t.jsonl', b'{"a": 1}\n[1]\n', 't.jsonl, after line 1'), ('t.jsonl', b'{"a": 1}\n\n{"a"', 't.jsonl, after line 1'),
+    ('t.csv.gz', b'no gzip', 't.csv.gz, after line 0'), ('t.csv.gz', gzip.compress(b'a\n' + os.urandom(9000).hex().encode())[:-30], 't.csv.gz, after line 0'),
+    ('t.parquet', b'no parquet', 'not a parquet file'), ('t.xls', b'', 'is no table')])
+def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, want):
+    (tmp_path/name).write_bytes(data)
+    assert want in fails(ValueError, lambda: list(read_table(tmp_path/name)))
+
+
+@pytest.mark.parametrize('name,text,want', [
+    ('c.txt', '\n \n', 'holds none'), ('c.csv', 'a,b\n1,2\n', 'it has a, b, but none that is called caption'), ('c.jsonl', '{"caption": "x"}\n{"caption": 3}\n', 'line 2'),
+    ('c.jsonl', '{"caption": "x"}\n{"text": "y"}\n', 'line 2'), ('c.jsonl', 'x', 'after line 0'), ('c.txt', b'caf\xe9', 'not UTF-8')])
+def test_captions_that_cannot_be_read_are_named(tmp_path, name, text, want):
+    (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = fails(ValueError, read_captions, tmp_path/name)
+    assert message.startswith('captions: ') and name in message and want in message
+    assert 'no file' in fails(FileNotFoundError, read_captions, tmp_path/'none.txt')
+
+
+def test_a_folder_stands_for_its_tars(tmp_path, monkeypatch):
+    for n in ('1.tar', '0.tar', 'x.txt', '2.tgz'): (tmp_path/n).write_bytes(b'')
+    names = lambda p: [os.path.basename(f) for f in find_tars(p)]
+    assert names(tmp_path) == ['0.tar', '1.tar'] and names([tmp_path/'2.tgz', tmp_path]) == ['2.tgz', '0.tar', '1.tar']
+    assert 'is no tar' in fails(ValueError, find_tars, tmp_path/'x.txt') and '1 missing' in fails(FileNotFoundError, find_tars, tmp_path/'{0..2}.tar')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert find_tars('~/0.tar') == [str(tmp_path/'0.tar')] and len(find_tars('~')) == 2
 
 
 # --- web servers
@@ -275,9 +328,10 @@ def test_manifests(web, tmp_path):
     path, good = web.folder/'manifest.json', {'format': 1, 'shards': {'a.tar': {'samples': 3, 'bytes': 4}}}
     for text, want in [(json.dumps(good), good['shards']), ('{', {}), ('[]', {}), ('{"shards":{"a":3}}', {}), ('{"shards":[1]}', {}), ('{"shards":{"a":{"samples":"3","bytes":1}}}', {}), ('\udcff', {})]:
         path.write_bytes(text.encode('utf-8', 'surrogateescape'))
-        assert read_manifest(f'{web.url}/a.tar') == read_manifest(str(web.folder/'a.tar')) == want, text
+        assert known_shards(f'{web.url}/a.tar') == known_shards(str(web.folder/'a.tar')) == want, text
     path.unlink()
-    assert read_manifest(f'{web.url}/a.tar') == read_manifest(str(web.folder/'a.tar')) == {} and not exists(f'{web.url}/a.tar')
+    assert known_shards(f'{web.url}/a.tar') == known_shards(str(web.folder/'a.tar')) == {} and not exists(f'{web.url}/a.tar')
+    assert read_manifest(web.url) is read_manifest(web.folder) is None
 
 
 # --- buckets
@@ -323,7 +377,7 @@ def test_reading_from_a_bucket_that_fails_some_requests(bucket, here_only):
     bucket.trouble = sometimes
     with open_file('s3://shop.cats/big') as f: assert f.read() == DATA and f.seek(777) and f.read(9) == DATA[777:786]
     bucket.put('t.tsv', 'a\tb\n1\t"x\ty"\n\xe9\t2\n'.encode('latin-1'))
-    assert read_rows('s3://shop.cats/t.tsv') == [{'a': '1', 'b': 'x\ty'}, {'a': '\udce9', 'b': '2'}]
+    assert list(read_table('s3://shop.cats/t.tsv')) == [(2, {'a': '1', 'b': 'x\ty'}), (3, {'a': '\udce9', 'b': '2'})]
 
 
 def test_a_download_is_shared_resumed_and_checked(bucket, here_only, tmp_path):
