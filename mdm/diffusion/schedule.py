@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'schedules', 'Prediction', 'predictions', 'ddpm_gammas', 'deepfloyd_gammas', 'cosine_gammas',
-           'sigmoid_gammas', 'make_gammas', 'shift_gammas', 'add_noise', 'convert', 'to_x0', 'from_x0', 'vdm_weights']
+           'sigmoid_gammas', 'make_gammas', 'shift_gammas', 'add_noise', 'make_target', 'convert', 'to_x0', 'from_x0',
+           'vdm_weights']
 
 # %% ../../nbs/1_model/01_schedule.ipynb #be662f3b
 import math
@@ -102,10 +103,27 @@ def add_noise(
     a, b = _amplitudes(gamma, x0)
     return a*x0 + b*eps
 
-# %% ../../nbs/1_model/01_schedule.ipynb #e5581a95
+# %% ../../nbs/1_model/01_schedule.ipynb #5b253a17
 Prediction = Literal['v', 'eps', 'x0']
-predictions = get_args(Prediction) # the kinds that `convert` knows
+predictions = get_args(Prediction) # the kinds of prediction
 
+def _check_kind(kind):
+    if kind not in predictions: raise ValueError(f"unknown prediction {kind!r}: choose one of {', '.join(predictions)}")
+
+def make_target(
+    x0:Tensor, # clean pictures [B,3,H,W]
+    eps:Tensor, # the noise on them [B,3,H,W]
+    gamma:Tensor, # signal power, broadcastable, e.g. [B,1,1,1]
+    kind:Prediction, # what the network predicts
+)->Tensor: # the true value of it [B,3,H,W]; raises ValueError for an unknown kind
+    "Compute what a network should predict."
+    _check_kind(kind)
+    if kind == 'eps': return eps
+    if kind == 'x0': return x0
+    a, b = _amplitudes(gamma, eps)
+    return a*eps - b*x0
+
+# %% ../../nbs/1_model/01_schedule.ipynb #e5581a95
 def convert(
     pred:Tensor, # a prediction [B,3,H,W]
     x_t:Tensor, # the noisy pictures that it is about [B,3,H,W]
@@ -122,9 +140,9 @@ def convert(
         case 'eps', 'v':  return (pred - b*x_t)/a
         case 'x0', 'eps': return (x_t - a*pred)/b
         case 'x0', 'v':   return (a*x_t - pred)/b
-    for kind in (source, target):
-        if kind not in predictions: raise ValueError(f"unknown prediction {kind!r}: choose one of {', '.join(predictions)}")
-    return pred
+    _check_kind(source)
+    _check_kind(target)
+    return pred                          # source and target are the same
 
 # %% ../../nbs/1_model/01_schedule.ipynb #18c0050b
 def to_x0(
