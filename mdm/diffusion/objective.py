@@ -101,7 +101,8 @@ class Diffusion:
             values = getattr(c, name)
             if values and len(values) != len(scales):
                 raise ValueError(f'{name} is {values}: give one number for each of the {len(scales)} scales {list(scales)}')
-        base = make_gammas(c.schedule, c.num_steps, c.beta_start, c.beta_end)
+        # the released models were trained at the float32 values of the base schedule; all that follows is float64
+        base = make_gammas(c.schedule, c.num_steps, c.beta_start, c.beta_end).float().double()
         self.gammas = torch.stack([shift_gammas(base, s, c.shift_power) if c.shifted else base for s in scales])  # [S,N+1] float64, CPU
         self.signal = [c.rescale_signal*(1 if c.shifted else s) for s in scales]                # pictures are divided by this
         self.weights = c.multi_res_weights or [1.]*len(scales)
