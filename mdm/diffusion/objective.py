@@ -7,6 +7,7 @@ __all__ = ['DiffusionConfig', 'pyramid', 'mixed_shares', 'Noised', 'Loss', 'Diff
 
 # %% ../../nbs/1_model/05_objective.ipynb #717b7a44
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,7 @@ def mixed_shares(
 )->list[float]: # cumulative shares m, the last one 1
     "Compute the share of the batch that each scale gets."
     if ratio is None: return [1.]*n
-    total = torch.tensor(ratio, dtype=torch.float64).cumsum(0)
-    return (total/total[-1]).tolist()
+    return [share/sum(ratio) for share in accumulate(ratio)]
 
 # %% ../../nbs/1_model/05_objective.ipynb #5b6b05fb
 class Noised(NamedTuple):
