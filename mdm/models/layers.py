@@ -99,8 +99,8 @@ class Attention(nn.Module):
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
         self.ffn = None
         if ffn:
-            last = zero_init(nn.Conv2d(4*channels, channels, 1))
-            self.ffn = nn.Sequential(nn.GroupNorm(groups, channels), nn.Conv2d(channels, 4*channels, 1), nn.GELU(), last)
+            first, second = nn.Conv2d(channels, 4*channels, 1), nn.Conv2d(4*channels, channels, 1)
+            self.ffn = nn.Sequential(nn.GroupNorm(groups, channels), first, nn.GELU(), zero_init(second))
 
 # %% ../../nbs/1_model/02_layers.ipynb #a0eaac73
 @patch
