@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .schedule import Prediction, Schedule, add_noise, convert, make_gammas, make_target, shift_gammas, vdm_weights
+from .schedule import Prediction, Schedule, add_noise, convert, make_gammas, make_target
+from .schedule import shift_gammas, vdm_weights
 from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/05_objective.ipynb #da13f25c
@@ -26,7 +27,7 @@ class DiffusionConfig:
     beta_end: float = 0.02              # 'ddpm' schedule only
     prediction: Prediction = 'v'        # what the network predicts
     loss_target: Prediction = 'eps'     # where its error is measured
-    shifted: bool = False               # True: shift each scale's schedule; False: divide each scale's picture by its scale
+    shifted: bool = False               # True: shift each scale's schedule; False: divide its picture by the scale
     shift_power: float = 1.             # power of the shift (1024-pixel model: 2)
     rescale_signal: float = 1.          # divide all pictures by this, e.g. in a plain U-Net for large pictures
     output_scale: float = 0.            # s > 0: limit predictions smoothly to s*tanh(prediction/s)
@@ -54,8 +55,8 @@ def pyramid(
     "Average a picture down to all lower resolutions (section 3.1)."
     unit, (height, width) = scales[0]//scales[-1], images.shape[-2:]
     if height % unit or width % unit:
-        raise ValueError(f'pictures of {width} x {height} pixels cannot be averaged down by {unit} (scales {list(scales)}): '
-                         f'width and height must be multiples of {unit}')
+        raise ValueError(f'pictures of {width} x {height} pixels cannot be averaged down by {unit}, as the scales '
+                         f'{list(scales)} need: width and height must be multiples of {unit}')
     out = [images]
     for high, low in zip(scales, scales[1:]): out.append(F.avg_pool2d(out[-1], high//low))
     return out
@@ -93,18 +94,20 @@ class Loss:
 class Diffusion:
     "The forward process and the training loss, at every resolution (sections 2 and 3.1)."
     def __init__(self,
-        config:DiffusionConfig, # the settings; raises ValueError for weights or ratios of another number than the scales
+        config:DiffusionConfig, # the settings; raises ValueError for weights or ratios of another number than scales
         scales:list[int], # resolutions over the innermost one, highest first (`model.scales`)
     ):
         c, self.config, self.scales = config, config, scales
         for name in ('multi_res_weights', 'mixed_ratio'):
             values = getattr(c, name)
             if values and len(values) != len(scales):
-                raise ValueError(f'{name} is {values}: give one number for each of the {len(scales)} scales {list(scales)}')
+                each = f'one number for each of the {len(scales)} scales {list(scales)}'
+                raise ValueError(f'{name} is {values}: give {each}')
         # the released models were trained at the float32 values of the base schedule; all that follows is float64
         base = make_gammas(c.schedule, c.num_steps, c.beta_start, c.beta_end).float().double()
-        self.gammas = torch.stack([shift_gammas(base, s, c.shift_power) if c.shifted else base for s in scales])  # [S,N+1] float64, CPU
-        self.signal = [c.rescale_signal*(1 if c.shifted else s) for s in scales]                # pictures are divided by this
+        rows = [shift_gammas(base, s, c.shift_power) if c.shifted else base for s in scales]
+        self.gammas = torch.stack(rows)                          # [S,N+1] float64, on the CPU
+        self.signal = [c.rescale_signal*(1 if c.shifted else s) for s in scales]     # pictures are divided by this
         self.weights = c.multi_res_weights or [1.]*len(scales)
         self.vdm = vdm_weights(base)
         self.shares = mixed_shares(c.mixed_ratio, len(scales))
@@ -120,13 +123,18 @@ def _tables(self:Diffusion, device):
     return self._copies[device]
 
 @patch
+def _gamma(self:Diffusion, t, i):
+    "The signal power of steps `t` [B] at scale `i`, in the precision of the table."
+    gammas, _ = self._tables(t.device)
+    return gammas[i][t].view(-1, 1, 1, 1)
+
+@patch
 def gamma(self:Diffusion,
     t:Tensor, # steps, 0..N [B]
     i:int, # which scale, 0 = highest
-)->Tensor: # signal power [B,1,1,1] float64, on the device of `t`
+)->Tensor: # signal power [B,1,1,1] float32, on the device of `t`
     "Look up the signal power of steps at one scale."
-    gammas, _ = self._tables(t.device)
-    return gammas[i][t].view(-1, 1, 1, 1)
+    return self._gamma(t, i).float()
 
 # %% ../../nbs/1_model/05_objective.ipynb #071a7191
 @patch
@@ -141,7 +149,7 @@ def squash(self:Diffusion,
 @patch
 def _counts(self:Diffusion, n):
     "Number of samples that each scale gets of a batch of `n`, at least one."
-    return [min(n, max(1, int(m*n + 1e-9))) for m in self.shares]      # 2/3 of 3 is 2, also where rounding makes it 1.9999...
+    return [min(n, max(1, int(m*n + 1e-9))) for m in self.shares]      # 2/3 of 3 is 2, also if rounded to 1.99...
 
 @patch
 def noised(self:Diffusion,
@@ -156,14 +164,14 @@ def noised(self:Diffusion,
     clean = [o[:k]/s for o, k, s in zip(pyramid(images, self.scales), self._counts(n), self.signal)]
     if noise is None: noise = [torch.randn(o.shape, **draw) for o in clean]
     else: noise = [e[:len(o)] for e, o in zip(noise, clean)]
-    gammas = [self.gamma(tau[:len(o)] + 1, i) for i, o in enumerate(clean)]
+    gammas = [self._gamma(tau[:len(o)] + 1, i) for i, o in enumerate(clean)]
     x_t = [add_noise(o, e, g) for o, e, g in zip(clean, noise, gammas)]
     return Noised(tau, x_t, clean, noise, gammas)
 
 # %% ../../nbs/1_model/05_objective.ipynb #35b5b39f
 @patch
 def _total(self:Diffusion, per_scale, n):
-    "The weighted sum over scales for each of `n` samples [n]; a scale that got some of them counts as if it had got all."
+    "Sum over scales for each of `n` samples [n]; a scale that got some of them counts as if it had got all."
     used = len(per_scale) if self.config.double_loss else 1
     total = 0
     for error, weight in list(zip(per_scale, self.weights))[:used]:

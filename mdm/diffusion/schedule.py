@@ -130,7 +130,7 @@ def convert(
     gamma:Tensor, # signal power of `x_t`, broadcastable, e.g. [B,1,1,1]; above 0 and below 1 where it divides
     source:Prediction, # what `pred` is
     target:Prediction, # what to return
-)->Tensor: # the same prediction as `target` [B,3,H,W]; raises ValueError for an unknown kind (arXiv 2202.00512, section 4)
+)->Tensor: # the prediction as `target` [B,3,H,W]; raises ValueError for an unknown kind (arXiv 2202.00512, section 4)
     "Turn one kind of prediction into another."
     a, b = _amplitudes(gamma, x_t)
     match source, target:

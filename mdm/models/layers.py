@@ -28,7 +28,8 @@ def time_features(
     dim:int, # number of features, even, at least 2
 )->Tensor: # sines, then cosines [B,dim] float32; raises ValueError for an odd `dim`
     "Encode a number per sample in sines and cosines (arXiv 1706.03762, section 3.5)."
-    if dim < 2 or dim % 2: raise ValueError(f'time_features: dim is {dim}; give an even number, half for sines and half for cosines')
+    if dim < 2 or dim % 2:
+        raise ValueError(f'time_features: dim is {dim}; give an even number, half for sines and half for cosines')
     h = dim//2
     freqs = torch.exp(torch.arange(h, device=t.device, dtype=torch.float32)*(-math.log(10000)/h))
     angles = t.float()[:, None]*freqs
@@ -53,18 +54,16 @@ class ResNet(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         if c_in != c_out: self.conv3 = nn.Conv2d(c_in, c_out, 1)
 
-# %% ../../nbs/1_model/02_layers.ipynb #dea91f1b
-@patch
-def forward(self:ResNet,
-    x:Tensor, # features [B,c_in,H,W]
-    temb:Tensor, # time embedding after its SiLU [B,time_dim]
-)->Tensor: # features [B,c_out,H,W]
-    "Compute the block."
-    h = self.conv1(F.silu(self.norm1(x)))
-    a, b = self.time_layer(temb)[:, :, None, None].chunk(2, dim=1)
-    h = torch.addcmul(b, self.norm2(h), 1 + a)
-    h = self.conv2(self.dropout(F.silu(h)))
-    return h + (self.conv3(x) if hasattr(self, 'conv3') else x)
+    def forward(self,
+        x:Tensor, # features [B,c_in,H,W]
+        temb:Tensor, # time embedding after its SiLU [B,time_dim]
+    )->Tensor: # features [B,c_out,H,W]
+        "Compute the block."
+        h = self.conv1(F.silu(self.norm1(x)))
+        a, b = self.time_layer(temb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(b, self.norm2(h), 1 + a)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return h + (self.conv3(x) if hasattr(self, 'conv3') else x)
 
 # %% ../../nbs/1_model/02_layers.ipynb #8ae5e098
 def attend(
@@ -111,7 +110,7 @@ def forward(self:Attention,
 )->Tensor: # features [B,C,H,W]
     "Compute the block."
     qkv = rearrange(self.qkv(self.norm(x)), 'b c h w -> b (h w) c')
-    if qkv.shape[1] >= 256: qkv = qkv.contiguous()     # fused kernels want this; with few pixels the copy costs more than it saves
+    if qkv.shape[1] >= 256: qkv = qkv.contiguous()     # fused kernels want this; with few pixels it does not pay
     q, k, v = qkv.chunk(3, dim=2)
     h = attend(q, k, v, self.num_heads)
     if text is not None:

@@ -20,7 +20,7 @@ class NestedUNetConfig(UNetConfig):
     "Shape of a U-Net around a U-Net."
     inner: UNetConfig                   # the inner network, plain or nested itself
     mid_blocks: bool = False            # always False: the inner network is the middle
-    pooled_text: bool = False           # always False: the innermost network's pooled text serves all, so `time_dim` is the same in all
+    pooled_text: bool = False           # always False: the innermost network's serves all, with the same `time_dim`
     inner_input: bool = True            # add features to the inner network's; False: it only gives features back
     normalize_input: bool = True        # divide each noisy picture by its standard deviation
     freeze_inner: bool = False          # train the outer network alone
@@ -40,14 +40,16 @@ def _time_rule(c):
     last = _innermost(c)
     if not (c.channels and last.channels and last.pooled_text): return []
     own, wanted = (o.time_dim or 4*o.channels[0] for o in (c, last))
+    default = f'null: 4 x the first channels = {4*c.channels[0]}'
     return [(own != wanted, 'time_dim',
-             f'{wanted}, as in the innermost network, whose pooled text is added to it (null: 4 x the first channels = {4*c.channels[0]})')]
+             f'{wanted}, as in the innermost network, whose pooled text is added to it ({default})')]
 
 def _nested_rules(c):
     "Rules that only nested networks have."
     innermost = 'its default: the text is processed once, by the innermost network, so set it there'
     return [
-        (len(c.channels) < 2, 'channels', 'at least two levels: the outer picture is 2^(levels - 1) times as large as the inner one'),
+        (len(c.channels) < 2, 'channels',
+         'at least two levels: the outer picture is 2^(levels - 1) times as large as the inner one'),
         (c.mid_blocks, 'mid_blocks', 'false: the inner network is the middle'),
         (c.pooled_text, 'pooled_text', 'false: the pooled text of the innermost network serves all'),
         (c.text_proj_dim is not None, 'text_proj_dim', innermost),

@@ -29,7 +29,7 @@ class UNetConfig:
     masked_cross_attention: bool = True # hide padding from attention; False: the released models, which see it
     pooled_text: bool = True            # add the mean of the words to the time embedding
     mid_blocks: bool = True             # ResNet, attention, ResNet at the bottom
-    micro_conditioning: dict[str, float] = field(default_factory=dict) # extra numbers to condition on, name: default, e.g. {'scale': 64}
+    micro_conditioning: dict[str, float] = field(default_factory=dict) # extra inputs, name: default, e.g. {'scale': 64}
     num_groups: int = 32                # groups of the normalisation in ResNet blocks
     dropout: float = 0.                 # dropout in ResNet blocks
     attention_ffn: bool = False         # a per-pixel network after every attention
@@ -47,7 +47,8 @@ def _level_rules(c):
         (n < 1, 'channels', 'at least one level'),
         (any(w < 1 for w in c.channels), 'channels', 'numbers above 0'),
         (groups < 1, 'num_groups', 'a number above 0'),
-        (groups > 0 and any(w % groups for w in c.channels), 'channels', f'multiples of {{place}}.num_groups = {groups}'),
+        (groups > 0 and any(w % groups for w in c.channels), 'channels',
+         f'multiples of {{place}}.num_groups = {groups}'),
         (len(c.num_resnets) != n, 'num_resnets', per_level),
         (any(k < 1 for k in c.num_resnets), 'num_resnets', 'at least 1 on every level'),
         (len(c.num_attention_layers) != n, 'num_attention_layers', per_level),
@@ -122,7 +123,8 @@ def block(self:Level,
     text:Text|None, # the prompt
 )->Tensor: # features [B,c_out,H,W]
     "Apply ResNet number `i` and its attention blocks."
-    if self.recompute and torch.is_grad_enabled(): return checkpoint(self._compute, i, x, temb, text, use_reentrant=False)
+    if self.recompute and torch.is_grad_enabled():
+        return checkpoint(self._compute, i, x, temb, text, use_reentrant=False)
     return self._compute(i, x, temb, text)
 
 # %% ../../nbs/1_model/03_unet.ipynb #7363bbc0
@@ -155,7 +157,7 @@ def up(self:Level,
 
 # %% ../../nbs/1_model/03_unet.ipynb #d9e585b7
 class UNet(nn.Module):
-    "A denoiser of one resolution, conditioned on text and step; also the innermost network of a nested U-Net (section 3.2)."
+    "A denoiser of one resolution, conditioned on text and step; also the innermost network of a nest (section 3.2)."
     def __init__(self,
         config:UNetConfig, # its shape; raises `ConfigError` for one that breaks a rule
         cond_dim:int=0, # width of the text encoder's embeddings; 0: no text
@@ -289,7 +291,8 @@ def embed(self:UNet,
 def stem(self:UNet,
     x:Tensor, # noisy picture [B,3,H,W]
 )->Tensor: # first features [B,channels[0],H,W]
-    "Turn pixels into features, in float32 also under autocast: three channels cost little, and their digits matter most."
+    "Turn pixels into features, in float32 also under autocast."
+    # three channels cost little, and their digits matter most
     with torch.autocast(x.device.type, enabled=False): return self.conv_in(x)
 
 @patch
