@@ -13,11 +13,13 @@ def no_grad():
 
 def small(**kw):
     "A plain configuration of two levels."
-    return UNetConfig(**{**dict(channels=[16, 32], num_resnets=[1, 1], num_attention_layers=[0, 1], num_groups=8), **kw})
+    default = dict(channels=[16, 32], num_resnets=[1, 1], num_attention_layers=[0, 1], num_groups=8)
+    return UNetConfig(**default | kw)
 
 def nest(inner, **kw):
     "A configuration around another."
-    return NestedUNetConfig(**{**dict(inner=inner, channels=[16, 16], num_resnets=[1, 1], num_attention_layers=[0, 0], num_groups=8), **kw})
+    default = dict(inner=inner, channels=[16, 16], num_resnets=[1, 1], num_attention_layers=[0, 0], num_groups=8)
+    return NestedUNetConfig(**default | kw)
 
 def awake(model):
     "Random parameters everywhere, since a new network predicts zero."
@@ -45,7 +47,8 @@ def test_every_problem_of_a_nest_is_named_with_its_place():
 
 def test_time_dims_may_differ_without_pooled_text():
     model = awake(create_model(nest(small(pooled_text=False), time_dim=32), 8))
-    outs = model([torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)], torch.tensor([3, 700]), torch.randn(2, 4, 8), torch.ones(2, 4))
+    x = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]
+    outs = model(x, torch.tensor([3, 700]), torch.randn(2, 4, 8), torch.ones(2, 4))
     assert [o.shape[-1] for o in outs] == [16, 8]
 
 @pytest.mark.parametrize('dim', [7, 1, 0])
@@ -76,15 +79,19 @@ def test_noisy_pictures_are_divided_by_exactly_their_standard_deviation():
 
 def test_parameters_are_numbered_as_files_of_trainings_number_them():
     "An optimizer's saved state names parameters by their position."
-    model = create_model(nest(small(micro_conditioning={'scale': 8.}, num_text_layers=1, text_proj_dim=16), micro_conditioning={'scale': 16.}), 8)
-    first = list(dict.fromkeys(n.removeprefix('inner_unet.').split('.')[0] for n, _ in model.named_parameters() if n.startswith('inner_unet.')))
+    inner = small(micro_conditioning={'scale': 8.}, num_text_layers=1, text_proj_dim=16)
+    model = create_model(nest(inner, micro_conditioning={'scale': 16.}), 8)
+    first = list(dict.fromkeys(n.split('.')[0] for n, _ in model.inner_unet.named_parameters()))
     outer = list(dict.fromkeys(n.split('.')[0] for n, _ in model.named_parameters()))
-    assert first == ['lm_proj', 'lm_head', 'cond_emb', 'temb_layer1', 'temb_layer2', 'cond_layers', 'conv_in', 'down_blocks', 'up_blocks', 'mid_blocks', 'norm_out', 'conv_out']
-    assert outer == ['inner_unet', 'temb_layer1', 'temb_layer2', 'cond_layers', 'conv_in', 'down_blocks', 'up_blocks', 'in_adapter', 'out_adapter', 'norm_out', 'conv_out']
+    shared, last = ['temb_layer1', 'temb_layer2', 'cond_layers', 'conv_in', 'down_blocks', 'up_blocks'], ['norm_out', 'conv_out']
+    assert first == ['lm_proj', 'lm_head', 'cond_emb', *shared, 'mid_blocks', *last]
+    assert outer == ['inner_unet', *shared, 'in_adapter', 'out_adapter', *last]
 
 def test_a_gpu_would_run_the_networks():
     with FakeTensorMode(), torch.device('cuda'):
-        model = create_model(nest(small(num_text_layers=1, text_proj_dim=16, micro_conditioning={'scale': 8.}), micro_conditioning={'scale': 16.}), 8)
+        inner = small(num_text_layers=1, text_proj_dim=16, micro_conditioning={'scale': 8.})
+        model = create_model(nest(inner, micro_conditioning={'scale': 16.}), 8)
         x = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8)]           # a mixed batch
-        outs = model(x, torch.tensor([3, 700, 1]), torch.randn(3, 4, 8), torch.ones(3, 4), {'scale': torch.tensor([8., 4., 2.])})
-        assert [(o.device.type, tuple(o.shape)) for o in outs] == [('cuda', (2, 3, 16, 16)), ('cuda', (3, 3, 8, 8))]
+        micros = {'scale': torch.tensor([8., 4., 2.])}
+        outs = model(x, torch.tensor([3, 700, 1]), torch.randn(3, 4, 8), torch.ones(3, 4), micros)
+        assert [(o.device.type, *o.shape) for o in outs] == [('cuda', 2, 3, 16, 16), ('cuda', 3, 3, 8, 8)]

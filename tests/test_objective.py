@@ -1,4 +1,4 @@
-"The schedule and the training objective: precision, mixed batches, refusals, and a rehearsal of a GPU with fake tensors."
+"The schedule and the training objective: precision, mixed batches, refusals, a rehearsal of a GPU."
 import math
 from itertools import product
 from typing import get_args, get_type_hints
@@ -6,7 +6,8 @@ import pytest, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from mdm.diffusion.objective import Diffusion, DiffusionConfig, pyramid
-from mdm.diffusion.schedule import Prediction, add_noise, convert, from_x0, make_gammas, make_target, predictions, schedules, shift_gammas, to_x0
+from mdm.diffusion.schedule import (Prediction, add_noise, convert, from_x0, make_gammas, make_target, predictions,
+                                    schedules, shift_gammas, to_x0)
 
 def zero(x, *args): return [torch.zeros_like(o) for o in x]
 
@@ -51,13 +52,15 @@ def test_v_becomes_eps_without_a_loss_of_digits(shifted):
 def test_an_unknown_prediction_is_refused(kind):
     x = torch.zeros(1, 3, 4, 4)
     for call in (to_x0, from_x0):
-        with pytest.raises(ValueError, match=f"unknown prediction '{kind}': choose one of v, eps, x0"): call(x, x, torch.tensor(.5), kind)
+        with pytest.raises(ValueError, match=f"unknown prediction '{kind}': choose one of v, eps, x0"):
+            call(x, x, torch.tensor(.5), kind)
     with pytest.raises(ValueError, match='unknown prediction'): make_target(x, x, torch.tensor(.5), kind)
 
 @pytest.mark.parametrize('ratio,n', [*product([[2., 1.], [1., 1.], [1., 2., 3.]], [1, 2, 3, 4, 5, 7, 32])])
 def test_every_scale_of_a_mixed_batch_has_its_weight(ratio, n):
     scales = [4, 2, 1][-len(ratio):]
-    config = DiffusionConfig(prediction='eps', shifted=True, double_loss=True, mixed_ratio=ratio, multi_res_weights=[3., 2., 1.][-len(ratio):])
+    weights = [3., 2., 1.][-len(ratio):]
+    config = DiffusionConfig(prediction='eps', double_loss=True, mixed_ratio=ratio, multi_res_weights=weights)
     found = Diffusion(config, scales).loss(zero, torch.zeros(n, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     means = [o.mean() for o in found.per_scale]
     torch.testing.assert_close(found.loss, sum(w*m for w, m in zip(config.multi_res_weights, means)))
@@ -79,7 +82,8 @@ def test_a_size_that_the_scales_do_not_divide_is_refused(size, scales):
 
 @pytest.mark.parametrize('name', ['multi_res_weights', 'mixed_ratio'])
 def test_weights_of_another_number_than_the_scales_are_refused(name):
-    with pytest.raises(ValueError, match=f'{name} is .*: give one number for each of the 2 scales'): Diffusion(DiffusionConfig(**{name: [1.]}), [2, 1])
+    with pytest.raises(ValueError, match=f'{name} is .*: give one number for each of the 2 scales'):
+        Diffusion(DiffusionConfig(**{name: [1.]}), [2, 1])
 
 def test_vdm_weights_weigh_the_steps():
     d = Diffusion(DiffusionConfig(prediction='eps', vdm_weights=True), [1])
@@ -103,14 +107,16 @@ class Copies(TorchDispatchMode):
 def test_a_gpu_would_run_the_loss_without_waiting(vdm):
     "A fake tensor has no numbers, so anything that would wait for one raises; tables are copied to the device once."
     with FakeTensorMode():
-        d = Diffusion(DiffusionConfig(shifted=True, double_loss=True, mixed_ratio=[2., 1.], vdm_weights=vdm, output_scale=3.), [4, 1])
+        config = DiffusionConfig(shifted=True, double_loss=True, mixed_ratio=[2., 1.], vdm_weights=vdm, output_scale=3.)
+        d = Diffusion(config, [4, 1])
         images, counts = torch.zeros(3, 3, 8, 8, device='cuda'), []
         for _ in range(3):
             with Copies() as copies: found = d.loss(zero, images)
             counts.append(copies.count)
         assert counts[0] > 0 and counts[1:] == [0, 0]
-        assert {o.device.type for o in (found.loss, found.per_sample, *found.per_scale, *found.preds, *found.x0)} == {'cuda'}
-        assert {o.dtype for o in (found.loss, *found.per_scale, *found.preds, *found.targets, *found.x0)} == {torch.float32}
+        parts = found.loss, found.per_sample, *found.per_scale, *found.preds, *found.targets, *found.x0
+        assert {(o.device.type, o.dtype) for o in parts} == {('cuda', torch.float32)}
 
 def test_shift_gammas_keeps_the_dtype():
-    for dtype in (torch.float32, torch.float64): assert shift_gammas(torch.tensor([.5], dtype=dtype), 4, 2).dtype == dtype
+    for dtype in (torch.float32, torch.float64):
+        assert shift_gammas(torch.tensor([.5], dtype=dtype), 4, 2).dtype == dtype
