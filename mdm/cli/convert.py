@@ -8,7 +8,7 @@ __all__ = ['check_nothing_lost', 'convert_command', 'mdm_convert']
 # %% ../../nbs/5_edges/08_convert.ipynb #812ff8cc
 import argparse
 from pathlib import Path
-from .command import *
+from .command import make_parser, run_command
 
 # %% ../../nbs/5_edges/08_convert.ipynb #f07e03e1
 def check_nothing_lost(

@@ -9,7 +9,7 @@ __all__ = ['clean_demo', 'demo_recipe', 'draw_captions', 'demo_command', 'mdm_de
 import argparse, json, shlex, shutil
 from contextlib import ExitStack
 from pathlib import Path
-from .command import *
+from .command import at_least, make_parser, run_command
 from .sample import make_sheet, sample_with_bar, save_png
 from .train import run_training
 

@@ -11,7 +11,7 @@ import argparse, re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from .command import *
+from .command import add_sampling_flags, at_least, check_device, make_parser, progress_bar, run_command, sampling_wishes
 
 # %% ../../nbs/5_edges/07_sample.ipynb #db9417ca
 def save_png(
