@@ -32,11 +32,10 @@ def find_browser()->str|None: # a program; None: there is none
 
 def attempt(
     *command:str, # to run; its output goes to the terminal
-    **env:str, # further environment variables
 )->bool: # whether it ended well
     "Run a step of the installation, and show it."
     print('+', *command, flush=True)
-    try: return subprocess.run(command, env={**os.environ, **env}, timeout=900).returncode == 0
+    try: return subprocess.run(command, timeout=900).returncode == 0
     except (OSError, subprocess.TimeoutExpired) as e:
         print(e, flush=True)
         return False
@@ -59,10 +58,10 @@ def install_from_system()->bool: # whether it ended well
 
 def main()->int: # exit code
     "Make sure that there is a browser. The last line says what to do when there is none."
-    for install in (install_from_playwright, install_from_system):
-        if find_browser(): return 0
-        install()
     if find_browser(): return 0
+    for install in (install_from_playwright, install_from_system):
+        install()
+        if find_browser(): return 0
     print(advice, file=sys.stderr)
     return 1
 
