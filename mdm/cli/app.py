@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['page_template', 'page_notebook', 'kernel_spec', 'write_page', 'checkpoint_place', 'named_checkpoints', 'is_local',
-           'free_port', 'bounded_kernel_manager', 'server_config', 'page_server', 'serve_page', 'app_command',
-           'mdm_app']
+           'free_port', 'bounded_kernel_manager', 'server_config', 'page_server', 'mdm_app']
 
 # %% ../../nbs/5_edges/11_app.ipynb #d941297c
 import argparse, json, logging, os, socket, sys, tempfile
@@ -167,7 +166,7 @@ def page_server(
             super().listen()
     return PageServer(config=Config(config))
 
-def serve_page(
+def _serve_page(
     folder:str|Path, # of `write_page`
     notebook:Path, # in it
     config:dict, # of `server_config`
@@ -182,7 +181,7 @@ def serve_page(
     server.start()
 
 # %% ../../nbs/5_edges/11_app.ipynb #2fff5b50
-def app_command(
+def _app_command(
     args:argparse.Namespace, # of `mdm_app`
 ):
     "Write the page into a temporary folder, serve it, and remove it."
@@ -193,7 +192,7 @@ def app_command(
         say(f'mdm_app: everybody who can reach {args.host} can use this page; it asks for no password')
     with tempfile.TemporaryDirectory(prefix='mdm_app_') as folder:
         notebook = write_page(folder, checkpoints, recipe, args.device)
-        serve_page(folder, notebook, server_config(args.host, port, args.visitors))
+        _serve_page(folder, notebook, server_config(args.host, port, args.visitors))
 
 # %% ../../nbs/5_edges/11_app.ipynb #731bce8d
 def mdm_app(
@@ -213,4 +212,4 @@ def mdm_app(
     add('--visitors', metavar='N', type=at_least(1), default=4, help='how many at a time; each needs the memory of the model (%(default)s)')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes .pth files (the YAML file next to each)')
     add('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
-    return run_command(parser, app_command, argv)
+    return run_command(parser, _app_command, argv)

@@ -139,7 +139,7 @@ def progress_bar(
             now = time.monotonic()
             if bar.disable and (done == total or now - last >= every):
                 last = now
-                print(f'{what}: {done}/{total} {unit}s', file=sys.stderr, flush=True)
+                print(f'{what}: {unit} {done:,} of {total:,}', file=sys.stderr, flush=True)
         yield show
 
 # %% ../../nbs/5_edges/04_command.ipynb #42d4cbb7

@@ -190,8 +190,8 @@ def _leave(stop, threads):
 class SamplerWidget(W.VBox):
     "Fields, pictures and history of a sampler, in Jupyter or on a page."
     def __init__(self,
-        pipe:MDMPipeline|str|Path|None=None, # a pipeline, or a checkpoint's name or path; None and no `checkpoints`: a first screen that offers the bundled model
-        checkpoints:list|dict|tuple=(), # further checkpoints to choose from: paths, or name -> path
+        pipe:MDMPipeline|str|Path|None=None, # a pipeline, or a checkpoint to load; None: see `checkpoints`
+        checkpoints:list|dict|tuple=(), # further ones to choose from: paths, or name -> path; none at all: a first screen offers the bundled model
         recipe:str|Path|None=None, # recipe of checkpoints that do not bring their own
         device:str|None=None, # where to compute; None: a GPU if there is one
         any_path:bool=True, # whether other checkpoints can be typed in; False where strangers use it
