@@ -355,7 +355,7 @@ def test_sample_tools(trained, tmp_path, call):
     (['RUN', prompt, '--image', 'odd.png'], 'odd.png has 20 x 10 pixels, and the model draws 32 x 32'),
     (['RUN', prompt, '--image', 'good.png', '--mask', 'odd.png'], 'the mask odd.png has 20 x 10'),
     (['RUN', prompt, '--image', 'good.png', '--strength', '0'], 'strength: found 0.0'),
-    (['RUN', prompt, '--image', 'good.png', '--strength', '.01'], 'strength 0.01 leaves nothing'),
+    (['RUN', prompt, '--image', 'good.png', '--strength', '.01', '--spacing', 'uniform'], 'strength 0.01 leaves nothing'),
     (['RUN', prompt, '--image', 'good.png', '--mask', 'good.png', '--repeats', '0'], '--repeats: 0 is below 1'),
     (['RUN', prompt, '--image', 'good.png', '--repeats', '2'], '--repeats needs --mask'),
     (['RUN', prompt, '--strength', '.5'], '--strength needs --image'),
