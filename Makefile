@@ -9,13 +9,14 @@ PINS    = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.ve
 # no network while testing; one thread per process, since several processes run at a time
 QUIET   = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup demo test export readme docs clean
+.PHONY: help setup browser demo test export readme docs clean
 help:
 	@echo 'make demo    draw shapes, train on them, sample from held-out captions, into demo/'
 	@echo 'make test    run every notebook, then the tests (JOBS=4: four notebooks at a time)'
 	@echo 'make export  notebooks -> mdm/, README.md, llms.txt; settings.ini -> pyproject.toml; clean the notebooks'
 	@echo 'make docs    the site, into _docs/ (with Quarto where it is installed, else a preview of it)'
 	@echo 'make setup   only the set-up, in .venv'
+	@echo 'make browser install Chromium where no browser is found; the tests of the page drive it'
 	@echo 'make clean   remove caches and what was built; .venv, demo/ and runs/ stay'
 
 setup: $(SETUP)
@@ -25,12 +26,16 @@ $(SETUP): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PINS) -e '.[dev]'
 	@touch $@
 
+# Found on PATH, or downloaded by Playwright, or the system's package, or a last line that says what to install.
+browser: $(SETUP)
+	@$(BIN)/python tests/browser.py
+
 demo: $(SETUP)
 	$(BIN)/mdm_demo --output demo
 
 # Every notebook has a process of its own, as it has for a reader: no seed or switch of one reaches the next.
 # Both parts always run; the last line is pytest's, or says that a notebook failed.
-test: $(SETUP)
+test: browser
 	@failed=0; \
 	find nbs -name '*.ipynb' ! -path '*/[._]*' | sort | $(QUIET) xargs -P $(JOBS) -n 1 $(BIN)/nbdev_test --n_workers 0 --timing --path || failed=1; \
 	$(QUIET) $(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile --durations=10 || exit 1; \

@@ -4,6 +4,8 @@ from io import BytesIO
 from pathlib import Path
 import pytest
 from PIL import Image
+import browser as browser_setup
+from browser import advice, find_browser
 from mdm.cli.app import free_port, is_local, mdm_app, named_checkpoints, write_page
 
 evil = '<script>document.title="owned"</script><img src=x onerror="document.title=1">a red circle'
@@ -46,8 +48,8 @@ def server(folder):
 
 @pytest.fixture(scope='module')
 def browser():
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    assert chromium, 'no Chromium here: install it (apt-get install chromium) to test the page'
+    chromium = find_browser()
+    assert chromium, advice
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
@@ -148,6 +150,7 @@ def test_downloads(page):
     assert d.value.suggested_filename.endswith('.gif') and gif.format == 'GIF' and gif.n_frames == 5
 
 def test_compare_side_by_side(page):
+    page.get_by_label('Solver', exact=True).first.select_option('ddim')
     page.get_by_label('Compare with').check()
     page.get_by_label('Steps', exact=True).nth(1).fill('4'); page.get_by_label('Solver', exact=True).nth(1).select_option('unipc')
     start(page, Seed='2'); finish(page)
@@ -256,7 +259,7 @@ def test_what_the_command_says(capsys, monkeypatch, tmp_path):
     (tmp_path/'notes.txt').write_text('a cat')
     assert mdm_app([str(tmp_path/'notes.txt')]) == 2 and 'notes.txt is no model' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'voila.app', None)
-    assert mdm_app(['--port', '0']) == 2 and "pip install 'mdm[app]'" in capsys.readouterr().err
+    assert mdm_app(['--port', '0']) == 2 and "pip install 'matryoshka-diffusion[app]'" in capsys.readouterr().err
 
 def test_names_of_checkpoints(tmp_path, monkeypatch):
     from mdm.checkpoint import find_checkpoint
@@ -269,3 +272,54 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
     assert named_checkpoints(['shapes']) == {'shapes': 'shapes'}                       # a folder of shards, say
     notebook = json.loads(write_page(tmp_path/'page', {evil + "'\"\\": 'x'}).read_text())
     compile(notebook['cells'][1]['source'], 'cell', 'exec')
+
+# ---- the browser of these tests
+
+class Machine:
+    "A machine without a browser; `installer` names the program that can install one, and `asked` keeps the commands."
+    def __init__(self, folder): self.folder, self.installer, self.asked = folder, None, []
+
+    def attempt(self, *command):
+        self.asked.append(' '.join(command[-3:]))
+        works = self.installer in command
+        if works and 'chromium' in command:
+            (self.folder/'chromium').write_text('#!/bin/sh\n')
+            (self.folder/'chromium').chmod(0o755)
+        return works
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    m = Machine(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr(browser_setup, 'playwrights_own', lambda: None)
+    monkeypatch.setattr(browser_setup, 'attempt', m.attempt)
+    monkeypatch.setattr(browser_setup, 'as_root', lambda: [])
+    (tmp_path/'apt-get').write_text('')
+    (tmp_path/'apt-get').chmod(0o755)
+    return m
+
+def test_playwright_installs_the_browser_once(machine, capsys):
+    machine.installer = 'playwright'
+    assert browser_setup.find_browser() is None and browser_setup.main() == 0
+    assert machine.asked == ['playwright install chromium'] and not capsys.readouterr().err
+    assert browser_setup.main() == 0 and len(machine.asked) == 1                       # found now
+
+def test_the_systems_package_comes_second(machine):
+    machine.installer = 'apt-get'
+    assert browser_setup.main() == 0
+    assert machine.asked == ['playwright install chromium', 'apt-get update -qq', '-y -qq chromium']
+
+def test_the_last_line_says_what_to_install(machine, monkeypatch, capsys):
+    assert browser_setup.main() == 1 and machine.asked == ['playwright install chromium', 'apt-get update -qq']
+    assert capsys.readouterr().err.splitlines()[-1] == advice and 'apt-get install chromium' in advice
+    monkeypatch.setattr(browser_setup, 'as_root', lambda: None)                         # a user who may not install packages
+    assert browser_setup.main() == 1 and machine.asked[2:] == ['playwright install chromium']
+
+def test_a_browser_that_does_not_start_is_none(machine):
+    (machine.folder/'chromium').write_text('#!/bin/sh\nexit 127\n')                    # a library is missing
+    (machine.folder/'chromium').chmod(0o755)
+    assert browser_setup.find_browser() is None
+
+def test_make_test_and_ci_provide_the_browser():
+    root = Path(__file__).parents[1]
+    assert '\ntest: browser\n' in (root/'Makefile').read_text() and 'make test' in (root/'.ci'/'run').read_text()

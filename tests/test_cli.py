@@ -1,19 +1,22 @@
 "The commands as people use and misuse them: what they write, what they say, and their exit codes."
-import io, json, os, re, signal, subprocess, sys, tarfile
+import argparse, io, json, os, re, signal, subprocess, sys, tarfile
 from pathlib import Path
 from typing import get_args
 import numpy as np, pytest, torch
 from PIL import Image
 import mdm.all
-from mdm.cli import dataset as cli_dataset, sample as cli_sample, train as cli_train, command
 from mdm.checkpoint import load_checkpoint
 from mdm.cli.dataset import mdm_dataset
-from mdm.cli.sample import mdm_convert, mdm_demo, mdm_sample
+from mdm.cli.command import add_config_flags, progress_bar
+from mdm.cli.convert import mdm_convert
+from mdm.cli.demo import mdm_demo
+from mdm.cli.sample import mdm_sample
 from mdm.cli.train import mdm_train
 from mdm.diffusion.objective import Diffusion
 from mdm.data.shapes import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
 from mdm.diffusion.sampler import SampleConfig
+from mdm.utils.configs import options
 from mdm.utils.files import only_writer
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
@@ -81,7 +84,7 @@ def test_help_as_a_program_is_light():
     done = subprocess.run([script, '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith('usage: mdm_train') and not done.stderr
     assert all(k in done.stdout for k in ('shapes', 'pictures_64', 'cc12m_64x64', '--minutes', 'key=value'))
-    code = "import sys; from mdm.cli.sample import *; from mdm.cli.train import *; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mdm.cli.sample import mdm_sample; from mdm.cli.train import mdm_train; mdm_train(['--help']); mdm_sample(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
 def test_a_mistake_as_a_program(tmp_path):
@@ -115,7 +118,7 @@ def test_train_writes_and_tells(data, tmp_path, call):
     first, last = out.splitlines()
     for part in ('shapes: 0.1 million weights', '32 and 16 pixels', '32 pictures in 2 files', 'batches of 4 on c', '6 steps', str(tmp_path/'run')): assert part in first
     assert re.match(r'6 steps in \d+ s, [\d.]+ pictures/s; loss \d\.\d+ \(step 2\) to \d\.\d+ \(step 6\); checkpoint .*step_00000006\. Now try: mdm_sample .*run .a red ring.$', last)
-    assert '6/6' in err and re.search(r'loss \d\.\d+ \(2x \d\.\d+, 1x \d\.\d+\), \d+ pictures/s, lr [\d.e-]+, gradient [\d.]+, \d+\.\d GB', err) and 'warning' not in err
+    assert re.search(r'6/6|step \d of 6: loss', err) and re.search(r'loss \d\.\d+ \(2x \d\.\d+, 1x \d\.\d+\), \d+ pictures/s, lr [\d.e-]+, gradient [\d.]+, \d+\.\d GB', err) and 'warning' not in err
     assert steps(tmp_path/'run') == ['step_00000004', 'step_00000006'] and steps(tmp_path/'run'/'previews') == ['step_00000003.png', 'step_00000006.png']
     saved = load_checkpoint(tmp_path/'run')
     assert saved.step == 6 and saved.recipe.train.output == str(tmp_path/'run') and saved.recipe.data.files == data
@@ -223,11 +226,35 @@ def test_an_earlier_training_is_safe(data, trained, tmp_path, call, refused):
     assert steps(out) == ['step_00000002'] and (out/'notes.txt').read_text() == 'mine' and (out/'best').is_dir()
     assert len((out/'log.csv').read_text().splitlines()) == 2
 
+# ---- progress
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+def shown_on(monkeypatch, stream, n=2000, **kwargs):
+    monkeypatch.setattr(sys, 'stderr', stream)
+    with progress_bar('sampling', **kwargs) as show:
+        for k in range(1, n + 1): show(k, n)
+    return stream.getvalue()
+
+def test_a_log_file_gets_few_lines(monkeypatch):
+    "A bar that is redrawn would fill the file."
+    assert shown_on(monkeypatch, io.StringIO()) == 'sampling: step 2,000 of 2,000\n'
+    assert shown_on(monkeypatch, io.StringIO(), 4, every=0).splitlines() == [f'sampling: step {k} of 4' for k in range(1, 5)]
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    text = shown_on(monkeypatch, Terminal())
+    assert '\r' in text and '2000/2000' in text and 'sampling: step 2,000' not in text
+
+def test_no_bar_in_the_log_of_a_sampling(trained, tmp_path, call):
+    code, _, err = call(mdm_sample, trained, prompt, '--n', 1, '--output', tmp_path)
+    assert code == 0 and '\r' not in err and err.splitlines()[-1] == 'sampling: step 2 of 2'
+
 # ---- mdm_sample
 
 def test_sample(trained, tmp_path, call):
     code, out, err = call(mdm_sample, trained, prompt, '--n', 2, '--seed', 5, 'größer', '--every-resolution', '--guidance', 3, '--negative-prompt', 'blue', '--output', tmp_path)
-    assert code == 0 and str(tmp_path/'0001.png') in out and '2/2' in err
+    assert code == 0 and str(tmp_path/'0001.png') in out and 'step 2 of 2' in err
     singles = sorted(p.name for p in (tmp_path/'0001').iterdir())
     assert singles == sorted(f'{k:03d}_seed{5 + k}{low}.png' for k in range(4) for low in ('', '_16px'))
     for k in range(4):
@@ -248,7 +275,7 @@ def test_sample_options(trained, tmp_path, call):
     out.parent.mkdir(); out.write_text('an older one')                               # a file that was named is replaced
     code, printed, err = call(mdm_sample, trained/'step_00000006', '--prompts-file', tmp_path/'prompts.txt', '--n', 1, '--eta', 'ddpm', '--threshold', 'dynamic',
                               '--steps', 3, '--raw', '--device', 'cpu', '--batch-size', 1, '--output', out)
-    assert code == 0 and printed == f'{out}\n' and '6/6' in err and list(out.parent.iterdir()) == [out]
+    assert code == 0 and printed == f'{out}\n' and 'step 6 of 6' in err and list(out.parent.iterdir()) == [out]
     with Image.open(out) as sheet: assert sheet.text['prompt'] == 'a red ring\na blue ring' and sheet.text['solver'] == 'ddpm' and sheet.text['weights'] == 'raw'
 
 def test_sample_tells_everything(trained, tmp_path, call):
@@ -257,9 +284,25 @@ def test_sample_tells_everything(trained, tmp_path, call):
                       '--guidance-rescale', .5, '--output', tmp_path/'one.png')
     with Image.open(tmp_path/'one.png') as sheet: assert code == 0 and {k: sheet.text[k] for k in config} == config
 
-def test_choices_are_the_configs(call):
-    said = call(mdm_sample, '--help')[1]
-    for k in ('solver', 'spacing', 'threshold'): assert f"--{k} {{{','.join(get_args(SampleConfig.__annotations__[k]))}}}" in said
+def test_flags_are_the_fields_of_the_config(call):
+    "Every field of SampleConfig is a flag of its own, with the field's comment and choices."
+    said = ' '.join(call(mdm_sample, '--help')[1].split())
+    for o in options(SampleConfig):
+        flag = f"--{o.name.replace('_', '-')}"
+        assert flag in said
+        if o.choices: assert f"{flag} {{{','.join(o.choices)}}}" in said
+        assert ''.join(o.help.split()) in said.replace(' ', ''), o
+
+def test_flags_of_any_config():
+    class Group:
+        def __init__(self): self.flags = {}
+        def add_argument(self, name, **kwargs): self.flags[name] = kwargs
+    group = Group()
+    add_config_flags(group, SampleConfig, skip=('eta',), own="the page's")
+    assert '--eta' not in group.flags and all(o['default'] is None and o['help'].endswith("(the page's)") for o in group.flags.values())
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser, SampleConfig)
+    assert vars(parser.parse_args([])) == dict.fromkeys(o.name for o in options(SampleConfig))
 
 def test_sample_tools(trained, tmp_path, call):
     assert call(mdm_sample, trained, prompt, '--n', 1, '--every-resolution', '--output', tmp_path)[0] == 0
@@ -295,16 +338,16 @@ def test_sample_tools(trained, tmp_path, call):
     (['RUN', prompt, '--n', '0'], '--n: 0 is below 1'),
     (['RUN', prompt, '--n', 'four'], "--n: 'four' is no whole number"),
     (['RUN', prompt, '--batch-size', '0'], '--batch-size: 0 is below 1'),
-    (['RUN', prompt, '--steps', '0'], '--steps: 0 is below 1'),
+    (['RUN', prompt, '--steps', '0'], 'steps: '),
     (['RUN', prompt, '--steps', '5000'], 'sample.steps: found 5000'),
-    (['RUN', prompt, '--guidance', '-1'], 'sample.guidance'),
+    (['RUN', prompt, '--guidance', '-1'], 'guidance: '),
     (['RUN', prompt, '--eta', 'lots'], "--eta: 'lots' is neither"),
     (['RUN', prompt, '--eta', '-1'], 'sample.eta'),
     (['RUN', prompt, '--eta', '.5', '--solver', 'unipc'], "only sample.solver = 'ddim'"),
     (['RUN', prompt, '--solver', 'euler'], "invalid choice: 'euler'"),
     (['RUN', prompt, '--guidance-interval', '.9', '.1'], 'the smaller one first'),
     (['RUN', prompt, '--guidance-interval', '.9'], 'expected 2 arguments'),
-    (['RUN', prompt, '--guidance-rescale', '2'], 'sample.guidance_rescale: found 2.0'),
+    (['RUN', prompt, '--guidance-rescale', '2'], 'rescale: '),
     (['RUN', prompt, '--ema', '.5'], '0.5'),
     (['RUN', prompt, '--upscale', 'nowhere.png'], 'no picture nowhere.png'),
     (['RUN', prompt, '--upscale', 'picture.txt'], 'picture.txt is not a picture'),
@@ -312,11 +355,11 @@ def test_sample_tools(trained, tmp_path, call):
     (['RUN', prompt, '--image', 'odd.png'], 'odd.png has 20 x 10 pixels, and the model draws 32 x 32'),
     (['RUN', prompt, '--image', 'good.png', '--mask', 'odd.png'], 'the mask odd.png has 20 x 10'),
     (['RUN', prompt, '--image', 'good.png', '--strength', '0'], 'strength: found 0.0'),
-    (['RUN', prompt, '--image', 'good.png', '--strength', '.01'], 'strength 0.01 leaves nothing'),
+    (['RUN', prompt, '--image', 'good.png', '--strength', '.01', '--spacing', 'uniform'], 'strength 0.01 leaves nothing'),
     (['RUN', prompt, '--image', 'good.png', '--mask', 'good.png', '--repeats', '0'], '--repeats: 0 is below 1'),
-    (['RUN', prompt, '--image', 'good.png', '--repeats', '2'], '--repeats says something about --mask'),
-    (['RUN', prompt, '--strength', '.5'], '--strength says something about --image'),
-    (['RUN', prompt, '--mask', 'good.png'], '--mask says something about --image'),
+    (['RUN', prompt, '--image', 'good.png', '--repeats', '2'], '--repeats needs --mask'),
+    (['RUN', prompt, '--strength', '.5'], '--strength needs --image'),
+    (['RUN', prompt, '--mask', 'good.png'], '--mask needs --image'),
     (['RUN', prompt, '--upscale', 'good.png', '--image', 'good.png'], 'do not go together'),
     (['RUN', prompt, '--threshold', 'hard'], "invalid choice: 'hard'"),
     (['RUN', prompt, '--device', 'gpu'], '--device gpu'),
@@ -358,7 +401,7 @@ def test_convert_mistakes(trained, tmp_path, refused):
 def test_demo(tmp_path, call):
     out = tmp_path/'demo'
     code, told, err = call(mdm_demo, '--output', out, *tiny, '--steps', 3, '--seed', 1)
-    assert code == 0 and '3/3' in err
+    assert code == 0 and re.search('3/3|step 2 of 3: loss', err)
     results = json.loads((out/'samples'/'accuracy.json').read_text())
     assert results['captions'] == 128 and set(results['accuracy']) == {'colour', 'shape', 'size', 'position', 'background', 'all'}
     for k, v in results['accuracy'].items(): assert re.search(rf"^  {'all five' if k == 'all' else k} +{v:.1%}$", told, re.M)

@@ -8,7 +8,10 @@ from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
 from mdm.diffusion.sampler import SampleConfig
-from mdm.widgets.sampler import SamplerSettings, SamplerWidget, Side, logsnr_svg, path_bytes, styles, avoided, walk_together
+from mdm.widgets.drawing import logsnr_svg
+from mdm.widgets.sampler import SamplerWidget, sampling_controls
+from mdm.widgets.state import SamplerSettings, Side, avoided, path_bytes, styles, walk_together
+from mdm.utils.configs import options
 
 evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -41,6 +44,15 @@ def test_fields_follow_the_recipe_and_the_sampler(pipe):
     assert w.prompt.value == w.examples.options[3][1]
     w.side_a.sampling['eta'].value = .5; w.side_a.sampling['solver'].value = 'unipc'
     assert w.side_a.sampling['eta'].disabled and w.settings.sides[0]['eta'] == 0     # which only DDIM knows
+
+def test_controls_follow_the_fields():
+    "A control's values, bounds and tip come from the field of SampleConfig."
+    controls = sampling_controls()
+    for o in options(SampleConfig):
+        c = controls[o.name]
+        assert c.tooltip == o.help and c.value == o.default
+        if o.choices: assert c.options == o.choices
+        elif o.high is not None: assert c.max == o.high
 
 def test_every_control_has_a_label(pipe):
     w = ready(pipe)
@@ -121,7 +133,7 @@ def test_history_brings_back_settings_and_pictures(pipe):
     before = links(w)
     w.past[1].button.click()
     assert (w.prompt.value, w.seed.value, w.style_.value, w.n.value) == ('prompt 2', 2, 'watercolour', 1) and list(links(w)) == ['mdm_seed2_sheet.png', 'mdm_seed2.png']
-    assert w.scrub.max == 5 and w.run_ is w.runs[1]
+    assert w.scrub.max == 5 and w.shown is w.runs[1]
     w.past[0].button.click(); assert links(w) == before
 
 def test_compare_two_settings_at_one_seed(pipe):
@@ -148,7 +160,7 @@ def test_stop_before_the_second_side_has_begun(pipe):
     w.gif_button.click(); assert not w.error.value and any(k.endswith('.gif') for k in links(w))       # the first step of a long path is in it
     w.past[0].button.click(); assert not w.error.value and w.compare.value
 
-def test_errors_are_told_in_words(pipe, tmp_path):
+def test_errors_are_told_in_words(pipe, tmp_path, caplog):
     w = ready(pipe)
     run(w, prompt='x'*2001); assert 'role="alert"' in w.error.value and '2,001 characters' in w.error.value
     w.prompt.value = 'ok'
@@ -159,7 +171,9 @@ def test_errors_are_told_in_words(pipe, tmp_path):
     run(w); assert w.error.value and not w.run_button.disabled                      # and the widget goes on
     w.side_a.checkpoint.value = w.side_a.checkpoint.options[0]; w.wait(60); run(w); assert not w.error.value
     bad = ready(pipe); bad.shelf.given[next(iter(bad.shelf.given))] = None
+    assert not caplog.records                                                       # mistakes need no traceback
     run(bad); assert 'AttributeError' in bad.error.value                            # a bug is not silent either
+    assert [r.levelname for r in caplog.records] == ['ERROR'] and 'Traceback' in caplog.text and 'AttributeError' in caplog.text
 
 def test_nothing_from_outside_becomes_html(pipe):
     w = ready(pipe, checkpoints={evil: f'no/{evil}'})
