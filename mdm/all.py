@@ -14,15 +14,16 @@ from .models.layers import (
 from .models.unet import UNetConfig, UNet
 from .models.nested_unet import NestedUNetConfig, model_scales, NestedUNet, create_model
 from .diffusion.objective import DiffusionConfig, mixed_shares, Noised, Diffusion
-from .diffusion.sampler import SampleConfig, PictureNoise, for_upscale, for_img2img, for_inpaint, sample_steps, sample
+from .diffusion.settings import SampleConfig
+from .diffusion.sampler import PictureNoise, for_upscale, for_img2img, for_inpaint, sample_steps, sample
 from .diffusion.solvers import half_logsnr, timesteps, ddpm_step, ddim_step, dpmpp_step, unipc_correct
 from .text import (
     TextConfig, pad_prompts, TextEncoder, check_prompts, split_words, word_vector, position_codes, HashEncoder,
     load_hf, HFEncoder, create_text_encoder)
-from .data.loader import (
-    DataConfig, load_picture, get_caption, EmbeddedCaption, get_embedding, tar_members, tar_samples,
-    count_samples, Shard, read_index, find_shards, read_shard, PictureStream, show_pictures, PictureLoader,
-    create_loader, create_dls)
+from .data.stream import DataConfig, count_samples, Shard, find_shards, read_shard, PictureStream
+from .data.samples import load_picture, get_caption, EmbeddedCaption, get_embedding, tar_members, tar_samples
+from .reference.tables import read_index
+from .data.loader import show_pictures, PictureLoader, create_loader, create_dls
 from .data.shapes import (
     Shape, all_shapes, parse_caption, shapes_captions, write_shapes, judge_all, judge, prompt_accuracy)
 from .recipe import TrainConfig, Recipe, RecipeError, valid_keys, read_model, check_recipe, build_recipe, recipe_dict, save_recipe, read_source, apply_overrides, load_recipe
@@ -44,10 +45,14 @@ from .data.urls import write_urls
 from .data.embeddings import PrecomputedText, create_encoder_for, embed_shards
 from .training.distributed import DistributedTrainer, distributed_setup
 from .training.resume import Checkpoints, load_training, save_training
-from .evaluation.runs import clip_scores, compare_runs, evaluate, fid_score, frechet_distance, level_losses
+from .evaluation.judges import clip_scores, fid_score, frechet_distance
+from .evaluation.evaluate import compare_runs, evaluate
+from .evaluation.losses import level_losses
 from .cli.dataset import mdm_dataset
 from .cli.train import mdm_train
-from .cli.sample import mdm_convert, mdm_demo, mdm_sample
+from .cli.convert import mdm_convert
+from .cli.demo import mdm_demo
+from .cli.sample import mdm_sample
 from .cli.evaluate import mdm_evaluate
 from .cli.app import mdm_app
 from .utils.ranks import is_main

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import nn
 from .checkpoint import load_model
 from .diffusion.objective import Diffusion
-from .diffusion.sampler import Given, PictureNoise, SampleConfig, Step, sample_steps
+from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
+from .diffusion.settings import SampleConfig
 from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
 from .recipe import Recipe
 from .text import TextEncoder, create_text_encoder

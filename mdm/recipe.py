@@ -21,9 +21,9 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from .data.loader import DataConfig
+from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
-from .diffusion.sampler import SampleConfig
+from .diffusion.settings import SampleConfig
 from .models.nested_unet import NestedUNetConfig, model_scales
 from .models.unet import UNetConfig
 from .text import TextConfig

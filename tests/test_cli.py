@@ -15,7 +15,7 @@ from mdm.cli.train import mdm_train
 from mdm.diffusion.objective import Diffusion
 from mdm.data.shapes import parse_caption, held_out, shapes_captions, write_shapes
 from mdm.pipeline import MDMPipeline
-from mdm.diffusion.sampler import SampleConfig
+from mdm.diffusion.settings import SampleConfig
 from mdm.utils.configs import options
 from mdm.utils.files import only_writer
 

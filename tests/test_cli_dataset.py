@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from mdm.data.loader import shards
 from mdm.cli.dataset import mdm_dataset
-from mdm.data.loader import BAD_PICTURE, NO_CAPTION
+from mdm.data.samples import BAD_PICTURE, NO_CAPTION
 from mdm.data.shapes import held_out, parse_caption, shapes_captions, write_shapes
 from mdm.data.shards import find_tars, load_manifest, read_samples
 

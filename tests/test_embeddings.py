@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from mdm.data.loader import embeddings as E
-from mdm.data.loader import DataConfig, EmbeddedCaption, create_loader
+from mdm.data.stream import DataConfig
+from mdm.data.samples import EmbeddedCaption
+from mdm.data.loader import create_loader
 from mdm.data.shapes import write_shapes
 from mdm.data.embeddings import *
 from mdm.recipe import load_recipe

@@ -23,7 +23,7 @@ from mdm.data.files import read_captions
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
-from mdm.diffusion.sampler import SampleConfig
+from mdm.diffusion.settings import SampleConfig
 from mdm.data.shards import add_sample
 
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 sample.steps=2 sample.guidance=2'''.split()

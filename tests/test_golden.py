@@ -5,7 +5,9 @@ from mdm.diffusion.objective import Diffusion, DiffusionConfig
 from mdm.models.nested_unet import create_model
 from mdm.reference.recipes import from_reference
 from mdm.recipe import load_recipe
-from mdm.diffusion.sampler import SampleConfig, sample, timesteps
+from mdm.diffusion.settings import SampleConfig
+from mdm.diffusion.sampler import sample
+from mdm.diffusion.solvers import timesteps
 from mdm.diffusion.schedule import make_gammas, shift_gammas, vdm_weights
 
 close = lambda a, b, rtol=1e-4, atol=1e-5: np.testing.assert_allclose(np.asarray(a), b, rtol=rtol, atol=atol)

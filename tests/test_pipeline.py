@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from mdm.checkpoint import save_checkpoint
 from mdm.data.shapes import prompt_accuracy, shapes_captions
-from mdm.diffusion.sampler import SampleConfig
+from mdm.diffusion.settings import SampleConfig
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.utils.pictures import from_pil, to_pil

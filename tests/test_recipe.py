@@ -7,7 +7,7 @@ from mdm.models.nested_unet import NestedUNetConfig, create_model, model_scales
 from mdm.recipe import Recipe, RecipeError, RecipeFormat, TrainConfig, build_recipe, check_recipe, load_recipe, recipe_dict, save_recipe, valid_keys
 from mdm.utils.configs import nearest, violations
 from mdm.utils.files import presets
-from mdm.diffusion.sampler import SampleConfig
+from mdm.diffusion.settings import SampleConfig
 from mdm.models.unet import UNetConfig
 
 here = Path(__file__).parent

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, webdataset
 from PIL import Image
 from mdm.data.loader import shards as S
-from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, DataConfig, create_loader
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE
+from mdm.data.stream import DataConfig
+from mdm.data.loader import create_loader
 from mdm.data.shards import *
 
 red, blue = Image.new('RGB', (60,40), 'red'), Image.new('RGB', (60,40), 'blue')

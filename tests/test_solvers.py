@@ -4,7 +4,8 @@ from math import log, log1p
 from typing import get_args
 import pytest, torch
 from mdm.diffusion.schedule import make_gammas, schedules, shift_gammas
-from mdm.diffusion.solvers import Past, Solver, Spacing, Threshold, advance, choose_steps, half_logsnr, threshold, timesteps
+from mdm.diffusion.solvers import Past, advance, choose_steps, half_logsnr, threshold, timesteps
+from mdm.diffusion.settings import Solver, Spacing, Threshold
 
 deterministic = ('ddim', 'dpm++2m', 'unipc')
 
@@ -88,7 +89,7 @@ def test_equally_noisy_neighbours(solver):
     assert new.isfinite().all()
 
 def test_names_stand_once():
-    from mdm.diffusion.sampler import SampleConfig
+    from mdm.diffusion.settings import SampleConfig
     from mdm.utils.configs import options
     choices = {o.name: o.choices for o in options(SampleConfig) if o.choices}
     assert choices == dict(solver=get_args(Solver), spacing=get_args(Spacing), threshold=get_args(Threshold))

@@ -6,7 +6,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from test_shards import killed
 from mdm.data.loader import urls as U
-from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
 from mdm.data.shards import REPORT, find_tars, load_manifest, make_key, read_samples
 from mdm.data.urls import *
 

@@ -7,7 +7,7 @@ from PIL import Image
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
-from mdm.diffusion.sampler import SampleConfig
+from mdm.diffusion.settings import SampleConfig
 from mdm.widgets.drawing import logsnr_svg
 from mdm.widgets.sampler import SamplerWidget, sampling_controls
 from mdm.widgets.state import SamplerSettings, Side, avoided, path_bytes, styles, walk_together

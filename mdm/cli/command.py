@@ -90,7 +90,7 @@ def add_sampling_flags(
     parser, # `ArgumentParser`, or a group of one
 ):
     "Add the flags about sampling that several commands share; `sampling_wishes` reads them."
-    from mdm.diffusion.sampler import SampleConfig
+    from mdm.diffusion.settings import SampleConfig
     from mdm.utils.configs import options
     eta = next(o.help for o in options(SampleConfig) if o.name == 'eta')
     add = parser.add_argument
@@ -109,7 +109,7 @@ def sampling_wishes(
 )->dict: # field of `SampleConfig` -> value; None: as the recipe says
     "The sampling settings that were given as flags, for `MDMPipeline.config`."
     from dataclasses import fields
-    from mdm.diffusion.sampler import SampleConfig
+    from mdm.diffusion.settings import SampleConfig
     return {f.name: getattr(args, f.name) for f in fields(SampleConfig)}
 
 # %% ../../nbs/5_edges/04_command.ipynb #9c58a80a

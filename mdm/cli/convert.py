@@ -27,7 +27,7 @@ def _convert_command(
 ):
     "Convert a model, and print where it is."
     check_nothing_lost(args.dst)
-    from mdm.checkpoint import convert
+    from mdm.reference.checkpoints import convert
     print(convert(args.src, Path(args.dst), args.recipe))
 
 def mdm_convert(

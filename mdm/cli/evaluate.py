@@ -10,7 +10,7 @@ import argparse, os
 from contextlib import contextmanager
 from pathlib import Path
 from .command import *
-from .sample import add_sampling_flags, sampling_wishes
+from .command import add_sampling_flags, sampling_wishes
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #34fe92ef
 @contextmanager

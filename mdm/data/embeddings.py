@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ..text import TextConfig, TextEncoder, check_prompts, create_text_encoder, pad_prompts
 from .files import beside, find_files
-from .loader import Skip, get_caption
+from .samples import Skip, get_caption
 from ..utils.ranks import rank_and_world
 from .shards import add_sample, attempt, count_promised, find_tars, load_manifest, read_samples, with_bar, write_manifest
 from ..utils.files import only_writer, atomic_write

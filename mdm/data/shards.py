@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from .files import is_remote, open_file
-from .loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, PICTURES, TAR_ERRORS, Skip, get_caption, load_picture, tar_samples
+from .samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, PICTURES, TAR_ERRORS, Skip, get_caption, load_picture, tar_samples
 from ..utils.pictures import to_rgb
 from ..utils.pictures import contact_sheet
 from ..utils.files import atomic_write, only_writer

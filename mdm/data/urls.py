@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from .loader import Skip, get_caption
+from .samples import Skip, get_caption
 from .shards import CAPTION_COLUMNS, ShardWriter, attempt, ordered_map, pick_column, prepare_picture, refuse_empty, with_bar
 
 # %% ../../nbs/2_data/07_urls.ipynb #c26fb858

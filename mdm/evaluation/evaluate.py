@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 from ..data.files import list_files, redact
-from ..diffusion.sampler import SampleConfig
+from ..diffusion.settings import SampleConfig
 from .gallery import loss_png, score_label, score_text, write_gallery
 from .judges import (
     accuracy_scores, clip_scores, extract_features, fid_score, jackknife_error, judge_shapes, load_clip, load_extractor, score, stated_shape)

@@ -12,7 +12,8 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from ..data.loader import DataConfig, create_loader
+from ..data.stream import DataConfig
+from ..data.loader import create_loader
 from ..diffusion.objective import Diffusion, pyramid
 from ..diffusion.sampler import PictureNoise
 from ..pipeline import MDMPipeline

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from ..diffusion.sampler import SampleConfig
+from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.files import atomic_write
 from ..utils.pictures import png_bytes, to_pil

@@ -16,7 +16,7 @@ import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ..diffusion.sampler import SampleConfig
+from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.configs import options
 from ..utils.files import presets
