@@ -16,7 +16,7 @@ class ShardsConfig:
     "Names and sizes of the shards that a run writes."
     name: str = 'pictures' # the shards are called NAME-000000.tar and on
     per_shard: Annotated[int, Field(ge=1)] = 1000 # samples in one shard, at most
-    max_mb: Annotated[float, Field(ge=1e-6)] = 500. # a shard is full, too, when it has this many megabytes
+    max_mb: Annotated[float, Field(ge=1e-6)] = 500 # a shard is full, too, when it has this many megabytes
 
 # %% ../../nbs/2_data/06_configs.ipynb #4adb14a7
 @config_class
@@ -35,9 +35,9 @@ class UrlsConfig(PicturesConfig):
     "Settings of `write_urls`."
     url_column: str|None = None # name of the column with the addresses; not given: it is guessed
     caption_column: str|None = None # name of the column with the captions; not given: it is guessed
-    timeout: Annotated[float, Field(gt=0)] = 10. # seconds of silence before a server is given up; no picture may take more than three times as long
+    timeout: Annotated[float, Field(gt=0)] = 10 # seconds of silence before a server is given up; no picture may take more than three times as long
     retries: Annotated[int, Field(ge=0)] = 1 # how often to try again
-    max_picture_mb: Annotated[float, Field(gt=0)] = 50. # pictures with more megabytes are left out
+    max_picture_mb: Annotated[float, Field(gt=0)] = 50 # pictures with more megabytes are left out
     threads: Annotated[int, Field(ge=1)] = 64 # servers to ask at a time
     chunk: Annotated[int, Field(ge=1)] = 250 # lines of the list to fetch in one go
     network_check: bool = True # stop when not one of many servers answers, since the fault may be on this side; if off, their pictures are left out for good
@@ -46,6 +46,6 @@ class UrlsConfig(PicturesConfig):
 @config_class
 class SplitConfig(ShardsConfig):
     "Settings of `split_shards`, which calls the shards train and valid whatever `name` is."
-    percent: float = 1. # percentage of the samples for validation
+    percent: float = 1 # percentage of the samples for validation
 
     def rules(self): return [(not 0 < self.percent < 100, 'percent', 'a number between 0 and 100, such as 1')]

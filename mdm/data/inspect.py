@@ -255,5 +255,6 @@ def describe_shards(
 def _range(counts, unit):
     "Smallest, largest and median number."
     if not counts: return 'none'
+    if len(counts) == 1: return f'{min(counts):,} {unit}'
     median = sorted(counts.elements())[counts.total()//2]
     return f'{min(counts):,} to {max(counts):,} {unit}, half of them up to {median:,}'
