@@ -1,5 +1,5 @@
 "Edge cases of mdm.data.shards and mdm.data.inspect: untidy folders, pictures of every kind, runs that are killed"
-import csv, io, json, multiprocessing, os, random, re, shutil, signal, sys, tarfile, time
+import csv, io, json, multiprocessing, os, random, re, shutil, signal, sys, tarfile, threading, time
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest, webdataset
@@ -235,6 +235,8 @@ def test_tables_that_are_none(tmp_path, name, text, what):
     with pytest.raises(ValueError, match=f'{name}.*{what}'): write_folder(tmp_path/'in', tmp_path/'out')
 
 # ---- interruptions
+
+for bar in (tqdm, S.tqdm): bar.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
 
 def killed(work, after):
     "Do some work in a process of its own that is killed when `after()` says so; was it?"
