@@ -6,7 +6,7 @@
 __all__ = ['mdm_dataset', 'summary']
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #0f62b2e0
-import argparse, csv, json, re, shlex, sys, time
+import csv, json, re, shlex, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,7 +44,8 @@ def mdm_dataset(
     parser = make_parser('mdm_dataset', about, '\n'.join(examples))
     kinds = parser.add_subparsers(title='what to do', required=True, metavar='KIND')
     for name, sub in _subcommands.items():
-        p = make_parser(name, sub.about, sub.examples, lambda name, **kwargs: kinds.add_parser(name, help=sub.help, **kwargs))
+        add_parser = lambda name, **kwargs: kinds.add_parser(name, help=sub.help, **kwargs)
+        p = make_parser(name, sub.about, sub.examples, add_parser)
         sub.flags(p)
         p.set_defaults(work=sub.work)
 
@@ -89,6 +90,10 @@ def summary(
     reasons = ', '.join(f'{n:,} x {reason}' for reason, n in skipped)
     return f"{text}; {sum(n for _, n in skipped):,} left out ({reasons}), named in {Path(folder)/'skipped.tsv'}."
 
+def _report(manifest, folder, args, command, more=''):
+    "Print what was made, and which command comes next."
+    print(f'{summary(manifest, folder, time.perf_counter() - args.start)}{more} Now try: {command}')
+
 # %% ../../nbs/5_edges/05_dataset.ipynb #8373efbc
 def _folder_flags(p):
     p.add_argument('pictures', metavar='PICTURES', help='the folder of pictures')
@@ -105,7 +110,7 @@ def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
     manifest = write_folder(args.pictures, args.folder, command=_command_line(args), bar=True, **_given(args, FolderConfig))
-    print(summary(manifest, args.folder, time.perf_counter() - args.start), f'Now try: mdm_dataset inspect {_tars_in(args.folder)}')
+    _report(manifest, args.folder, args, f'mdm_dataset inspect {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #b33ad1b0
 def _urls_flags(p):
@@ -124,7 +129,7 @@ def _urls(args):
     "Shards from a list of addresses."
     from mdm.data.urls import write_urls
     manifest = write_urls(args.index, args.folder, command=_command_line(args), bar=True, **_given(args, UrlsConfig))
-    print(summary(manifest, args.folder, time.perf_counter() - args.start), f'Now try: mdm_dataset inspect {_tars_in(args.folder)}')
+    _report(manifest, args.folder, args, f'mdm_dataset inspect {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #c75b5a4c
 def _shapes_flags(p):
@@ -141,7 +146,8 @@ def _shapes_flags(p):
     'mdm_dataset shapes data/shapes\nmdm_dataset shapes data/large --n 50000 --size 64\nmdm_dataset shapes data/test --n 500 --held-out', _shapes_flags)
 def _shapes(args):
     "Shards of drawn shapes."
-    if args.n < 1 or args.size < 16: raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
+    if args.n < 1 or args.size < 16:
+        raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
     from mdm.data.shapes import _record, _sample
     from mdm.data.shards import ShardWriter, progress_bar
     from mdm.utils.configs import changed
@@ -150,7 +156,7 @@ def _shapes(args):
     with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
         for i in progress_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
             writer.add(i, _record(i, args.size, *_sample(args.seed, i, args.held_out)))
-    print(summary(writer.manifest, args.folder, time.perf_counter() - args.start), f'Now try: mdm_train shapes --data {_tars_in(args.folder)}')
+    _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #fdac974d
 def _split_flags(p):
@@ -167,7 +173,8 @@ def _split(args):
     from mdm.data.inspect import split_shards
     manifests = split_shards(args.files, args.output, command=_command_line(args), bar=True, **_given(args, SplitConfig))
     train, valid = Path(args.output)/'train', Path(args.output)/'valid'
-    for folder, manifest in zip((train, valid), manifests): print(summary(manifest, folder, time.perf_counter() - args.start))
+    for folder, manifest in zip((train, valid), manifests):
+        print(summary(manifest, folder, time.perf_counter() - args.start))
     print(f'Now try: mdm_train pictures_64 --data {_tars_in(train)} --valid {_tars_in(valid)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #9edff5d4
@@ -197,7 +204,7 @@ def _embed(args):
     device = check_device(args.device) or ('cuda' if torch.cuda.is_available() else 'cpu')
     manifest = embed_shards(files, args.output, config, args.batch_size, device, _command_line(args), bar=True)
     train = shlex.join(['mdm_train', args.recipe, '--data', f'{args.output}/*.tar', *overrides, 'data.embeddings=true'])
-    print(summary(manifest, args.output, time.perf_counter() - args.start), f'The captions carry embeddings of {config.encoder!r}. Now try: {train}')
+    _report(manifest, args.output, args, train, f' The captions carry embeddings of {config.encoder!r}.')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #4ddde27f
 def _inspect_flags(p):
@@ -245,6 +252,7 @@ def _download(args):
     done = download(args.files, args.output, int(part[1]) - 1, int(part[2]), args.threads, progress=True)
     if done['failed']:
         some = '; '.join(f'{address}: {why}' for address, why in [*done['failed'].items()][:3])
-        raise ConnectionError(f"{len(done['failed'])} of {done['files']} files could not be copied: {some}. Run the same command again to try these again")
+        raise ConnectionError(f"{len(done['failed'])} of {done['files']} files could not be copied: {some}. "
+                              'Run the same command again to try these again')
     print(f"{done['fetched']:,} files copied into {args.output}, {done['already']:,} were there; {done['bytes']/1e6:,.1f} MB in "
           f"{time.perf_counter() - args.start:.1f} s. Now try: mdm_dataset inspect {_tars_in(args.output)}")

@@ -61,7 +61,8 @@ def half_files(
     for emb, mask in zip(*encoded):
         with np.errstate(over='ignore'): half = np.ascontiguousarray(emb[mask.bool()].cpu().numpy(), np.float16)
         if not np.isfinite(half).all():
-            raise ValueError('the text encoder gives numbers that half precision cannot hold, so its embeddings cannot be stored')
+            raise ValueError('the text encoder gives numbers that half precision cannot hold, '
+                             'so its embeddings cannot be stored')
         out = io.BytesIO()
         np.save(out, half, allow_pickle=False)
         files.append(out.getvalue())
@@ -123,7 +124,8 @@ def _new_names(tars, folder):
     "Name of each new shard: that of the old one, uncompressed."
     names = {t: os.path.basename(t).split('.tar')[0].removesuffix('.tgz') + '.tar' for t in tars}
     twice = [name for name, n in Counter(names.values()).items() if n > 1]
-    if twice: raise ValueError(f'{twice[0]} is the name of several shards: embed those of each folder into a folder of their own')
+    if twice:
+        raise ValueError(f'{twice[0]} is the name of several shards: embed those of each folder into a folder of their own')
     if any(Path(t).resolve().parent == folder.resolve() for t in tars):
         raise FileExistsError(f'{folder} holds the shards that are to be read: choose another folder for the new ones')
     return names
@@ -137,10 +139,13 @@ def _begin(folder, entry, command):
         was = old['embeddings']
         why = encoder_differences(was, entry)
         if not why and was['half'] != entry['half']: why = f"half {was['half']} and {entry['half']}"
-        if why: raise FileExistsError(f'{folder} holds embeddings of another encoder ({why}): choose another folder, or remove it')
+        if why:
+            raise FileExistsError(f'{folder} holds embeddings of another encoder ({why}): choose another folder, or remove it')
     for pattern in ('.*.tar.*.part', f'.{MANIFEST}.*.part'):
         for path in folder.glob(pattern): path.unlink()      # of a run that was killed
-    manifest = {'format': 1, 'complete': False, 'shards': {}, 'skipped': {}, **(old or {}), 'command': command, 'embeddings': entry}
+    manifest = old or {'format': 1, 'shards': {}, 'skipped': {}}
+    manifest.update(command=command, embeddings=entry)
+    manifest.setdefault('complete', False)
     write_manifest(folder, manifest)
     return manifest
 
@@ -193,7 +198,8 @@ def read_embeddings(
     (first, entry), *others = entries.items()
     for folder, other in others:
         if why := encoder_differences(entry, other):
-            raise ValueError(f'the shards in {first} and in {folder} hold embeddings of different text encoders ({why}): embed all of them with one')
+            raise ValueError(f'the shards in {first} and in {folder} hold embeddings of different text encoders ({why}): '
+                             'embed all of them with one')
     return entry
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #97a36151
@@ -206,9 +212,9 @@ def check_embeddings(
     if config.encoder != 'hash': wanted['dim'] = entry['dim']   # the width of a Hugging Face model is not in the recipe
     if why := encoder_differences(entry, wanted):
         raise ValueError(
-            f"the shards hold embeddings of the text encoder {entry['encoder']!r}, but the recipe wants {config.encoder!r}, and they differ "
-            f"(stored and wanted: {why}): embed the shards again with the recipe's encoder (mdm_dataset embed), set text.encoder "
-            'and its neighbours to what is stored, or set data.embeddings=false')
+            f"the shards hold embeddings of the text encoder {entry['encoder']!r}, but the recipe wants {config.encoder!r}, "
+            f'and they differ (stored and wanted: {why}): embed the shards again with the recipe\'s encoder '
+            '(mdm_dataset embed), set text.encoder and its neighbours to what is stored, or set data.embeddings=false')
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #5abdbeea
 class PrecomputedText(TextEncoder):
@@ -266,6 +272,6 @@ def create_encoder_for(
     if prompts and is_main():
         try: encoder(prompts)
         except (ValueError, ImportError) as e:
-            raise type(e)(f'train.preview_prompts needs the text encoder once, even with data.embeddings=true, and the encoder failed: {e} '
-                          'To train without previews, set train.preview_prompts=[]') from e
+            raise type(e)('train.preview_prompts needs the text encoder once, even with data.embeddings=true, '
+                          f'and the encoder failed: {e} To train without previews, set train.preview_prompts=[]') from e
     return encoder

@@ -72,7 +72,8 @@ def shared_embeddings(
     (first, entry), *others = entries.items()
     for tar, other in others:
         if entry != other:
-            raise ValueError(f'{first} and {tar} have embeddings of different encoders ({_encoder(entry)}; {_encoder(other)}): '
+            found = f'{_encoder(entry)}; {_encoder(other)}'
+            raise ValueError(f'{first} and {tar} have embeddings of different encoders ({found}): '
                              'divide shards with the same encoder only')
     return entry
 
@@ -94,16 +95,18 @@ def split_shards(
     config, tars = changed(config or SplitConfig(), 'split', **changes), find_tars(patterns)
     settings = dict(kind='split', source=_tars_hash(tars), percent=config.percent)
     entry = shared_embeddings(tars)
+    extra = {'embeddings': entry} if entry else {}
     with ExitStack() as stack:
         writers = []
         for side in ('train', 'valid'):
-            writer = ShardWriter(Path(folder, side), changed(config, 'split', name=side), settings, command, {'embeddings': entry} if entry else {})
+            writer = ShardWriter(Path(folder, side), changed(config, 'split', name=side), settings, command, extra)
             writers.append(stack.enter_context(writer))
         _divide(tars, writers, config.percent/100, bar)
     train, valid = (w.manifest for w in writers)
     total = sum(entry['samples'] for m in (train, valid) for entry in m['shards'].values())
     for manifest, percent in ((train, 100 - config.percent), (valid, config.percent)):
-        refuse_empty(manifest, f'{percent:g} % of {total:,} samples', f'. Choose another percentage, and another folder than {folder}')
+        mend = f'. Choose another percentage, and another folder than {folder}'
+        refuse_empty(manifest, f'{percent:g} % of {total:,} samples', mend)
     return train, valid
 
 # %% ../../nbs/2_data/08_inspect.ipynb #3b1b0961
@@ -241,7 +244,8 @@ def describe_shards(
     embedded = f', {found.embedded:,} with embeddings' if found.embedded else ''
     kinds = ', '.join(f'{n:,} {kind}' for kind, n in found.kinds.most_common()) or 'none'
     lines = [
-        f'{found.shards:,} shards, {found.bytes/1e6:,.1f} MB; {found.samples:,} samples, of which {found.usable:,} can be used{embedded}',
+        f'{found.shards:,} shards, {found.bytes/1e6:,.1f} MB; '
+        f'{found.samples:,} samples, of which {found.usable:,} can be used{embedded}',
         f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}', histogram(found.short_sides, 'pixels'),
         f'captions: {_range(found.lengths, "characters")}', histogram(found.lengths, 'characters')]
     if found.bad:

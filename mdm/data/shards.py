@@ -72,7 +72,8 @@ def _resume(self:ShardWriter, settings, command, extra):
     "Take over the state of an earlier run, or begin a new one."
     old = read_manifest(self.folder)
     if old and old.get('complete') and not old['shards']: old = None
-    self.manifest = old or dict(format=1, command=command, complete=False, settings=settings, position=0, report_bytes=0, shards={}, skipped={})
+    new = dict(format=1, command=command, complete=False, settings=settings, position=0, report_bytes=0, shards={}, skipped={})
+    self.manifest = old or new
     self._refuse_other_runs(settings, old)
     self.manifest.update(command=command, **extra)
     self.shards, self.position = self.manifest['shards'], self.manifest['position']
@@ -93,12 +94,14 @@ def _refuse_other_runs(self:ShardWriter, settings, old):
     mend = 'choose another folder, or remove it to start again'
     found = sorted(self.folder.glob(f'{self.config.name}-*.tar'))
     if found and not old:
-        raise FileExistsError(f'{self.folder} holds shards of an earlier run without a manifest ({found[0].name}, {len(found)} in all): {mend}')
+        names = f'{found[0].name}, {len(found)} in all'
+        raise FileExistsError(f'{self.folder} holds shards of an earlier run without a manifest ({names}): {mend}')
     was = self.manifest.get('settings', {})
     differing = [k for k in sorted(was.keys() | settings.keys()) if was.get(k) != settings.get(k)]
     if differing:
         what = '; '.join(f'{k} was {was.get(k)!r:.60}, now {settings.get(k)!r:.60}' for k in differing)
-        raise FileExistsError(f'{self.folder} holds shards of an earlier run of other things or with other settings ({what}): {mend}')
+        raise FileExistsError(f'{self.folder} holds shards of an earlier run of other things '
+                              f'or with other settings ({what}): {mend}')
     for name, entry in self.manifest['shards'].items():
         path = self.folder/name
         if not path.is_file() or path.stat().st_size != entry['bytes']:
@@ -178,7 +181,8 @@ def __exit__(self:ShardWriter, kind, error, traceback):
     self.lock.close()
 
 # %% ../../nbs/2_data/07_shards.ipynb #d24c69e6
-KEPT_FORMATS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}   # an MPO is a JPEG with a second picture behind it
+# an MPO is a JPEG with a second picture behind it
+KEPT_FORMATS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}
 
 def prepare_picture(
     data:bytes, # a picture file of any kind
@@ -255,11 +259,13 @@ def list_folder(
     "Find pictures and captions. A caption can be a `Skip`. Raises `FileNotFoundError` when there are no pictures."
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder} is no folder: name one that holds pictures (relative paths start in {os.getcwd()})')
+        raise FileNotFoundError(f'{folder} is no folder: name one that holds pictures '
+                                f'(relative paths start in {os.getcwd()})')
     files = {p.relative_to(folder).as_posix(): p.stat() for p in _walk(folder)}
     captions = {f: None for f in files if f.lower().endswith(PICTURE_FILES)}
     _add_tables(captions, folder, files)
-    if not captions: raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(PICTURE_FILES)}), nor do the folders below it")
+    if not captions:
+        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(PICTURE_FILES)}), nor do the folders below it")
     lines = [f'{f} {s.st_size} {s.st_mtime_ns}' for f, s in sorted(files.items())]
     fingerprint = hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()
     return sorted(captions.items(), key=lambda o: key_fraction('order ' + make_key(o[0]))), fingerprint
@@ -313,7 +319,8 @@ def progress_bar(
 )->tqdm: # gives the same items, and draws the bar
     "A progress bar with the rate."
     hidden = not show or bool(os.environ.get('TQDM_DISABLE'))
-    return tqdm(items, unit, total, initial=done, unit=f' {unit}', disable=hidden or None)   # None: hidden unless on a terminal
+    hidden = hidden or None                                  # for tqdm, None means hidden unless on a terminal
+    return tqdm(items, unit, total, initial=done, unit=f' {unit}', disable=hidden)
 
 # %% ../../nbs/2_data/07_shards.ipynb #9485eca5
 def result_or_skip(
@@ -370,8 +377,8 @@ def write_folder(
     bar:bool=False, # show a progress bar
     **changes, # other values for fields of the settings, such as `resize=512`
 )->dict: # the manifest
-    """Make shards from a folder of captioned pictures. Raises `FileNotFoundError` without pictures, `ValueError` when none can be used,
-    `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
+    """Make shards from a folder of captioned pictures. Raises `FileNotFoundError` without pictures,
+    `ValueError` when none can be used, `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
     config = changed(config or FolderConfig(), 'folder', **changes)
     items, fingerprint = list_folder(pictures)
     settings = dict(kind='folder', source=fingerprint, resize=config.resize)
