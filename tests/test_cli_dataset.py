@@ -4,11 +4,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
 from PIL import Image
-from mdm.data.loader import shards
+from mdm.cli import dataset as cli_dataset
 from mdm.cli.dataset import mdm_dataset
-from mdm.data.samples import BAD_PICTURE, NO_CAPTION
+from mdm.data import configs, shards
+from mdm.data.files import find_tars, read_manifest
+from mdm.data.inspect import read_samples
+from mdm.data.loader import BAD_PICTURE, NO_CAPTION
 from mdm.data.shapes import held_out, parse_caption, shapes_captions, write_shapes
-from mdm.data.shards import find_tars, load_manifest, read_samples
 
 @pytest.fixture
 def call(capsys, monkeypatch):
@@ -51,12 +53,27 @@ def test_help(call, kind):
 
 @pytest.mark.parametrize('kind', kinds)
 def test_the_examples_in_the_help_are_understood(kind, monkeypatch, call):
-    import mdm.cli.dataset as C
     seen = []
-    monkeypatch.setattr(C, f'dataset_{kind}', lambda args: seen.append(args))
+    monkeypatch.setattr(cli_dataset._subcommands[kind], 'work', lambda args: seen.append(args))
     examples = re.findall(rf'^  (mdm_dataset {kind} .*)$', call(kind, '--help')[1], re.M)
     for o in examples: assert call(*shlex.split(o)[1:])[0] == 0, o
     assert len(seen) == len(examples) >= 2
+
+@pytest.mark.parametrize('kind, cls', [('folder', configs.FolderConfig), ('urls', configs.UrlsConfig), ('split', configs.SplitConfig)])
+def test_flags_are_the_settings(kind, cls, call, monkeypatch):
+    "Every setting but the name of the shards and the chunk has a flag with its help text, and what is given arrives"
+    from mdm.utils.configs import options
+    page = ' '.join(call(kind, '--help')[1].split())
+    seen = []
+    monkeypatch.setattr(cli_dataset._subcommands[kind], 'work', lambda args: seen.append(cli_dataset._given(args, cls)))
+    for o in options(cls):
+        if o.name in ('name', 'chunk'): continue
+        flag = '--' + o.name.replace('_', '-')
+        assert flag in page and ' '.join(o.help.split()) in page, o.name
+        value = {int: 7, float: 2.5, str: 'x', bool: False}[o.kind]
+        flags = ['--no-network-check'] if o.kind is bool else [flag, value]
+        assert call(kind, *['x']*{'folder': 2, 'urls': 2, 'split': 1}[kind], *['--output', 'y']*(kind == 'split'), *flags)[0] == 0
+        assert {k: v for k, v in seen[-1].items() if v is not None} == {o.name: value}
 
 def test_help_is_light():
     code = "import sys; from mdm.cli.dataset import *; mdm_dataset(['folder', '--help']); sys.exit('torch' in sys.modules)"
@@ -68,7 +85,7 @@ def test_folder(tmp_path, call):
     code, out, err = call('folder', put(tmp_path/'in', 25, bad=[3]), tmp_path/'out', '--per-shard', 10)
     assert code == 0 and not err
     assert re.fullmatch(rf"3 shards with 24 pictures in \S+, 0\.\d MB, \d+\.\d s; 1 left out \(1 x {BAD_PICTURE}\), named in \S+/skipped\.tsv\. Now try: mdm_dataset inspect '?\S+/out/\*\.tar'?\n", out), out
-    m = load_manifest(tmp_path/'out')
+    m = read_manifest(tmp_path/'out')
     assert m['command'] == f"mdm_dataset folder {tmp_path/'in'} {tmp_path/'out'} --per-shard 10" and m['skipped'] == {BAD_PICTURE:1}
     before = files(tmp_path/'out')
     assert call('folder', tmp_path/'in', tmp_path/'out', '--per-shard', 10)[0] == 0 and files(tmp_path/'out') == before
@@ -98,7 +115,7 @@ def test_ctrl_c(tmp_path, call, monkeypatch):
     args = 'folder', put(tmp_path/'in', 25), tmp_path/'out', '--per-shard', 10
     code, _, err = call(*args)
     assert code == 130 and 'run the same command again to go on' in err and names(tmp_path/'out') == ['manifest.json', 'pictures-000000.tar', 'skipped.tsv']
-    assert call(*args)[0] == 0 and load_manifest(tmp_path/'out')['complete']
+    assert call(*args)[0] == 0 and read_manifest(tmp_path/'out')['complete']
 
 def test_killed_as_a_program(tmp_path, call, monkeypatch):
     "The real command, killed in the middle of its work, and given again"
@@ -108,7 +125,7 @@ def test_killed_as_a_program(tmp_path, call, monkeypatch):
     while p.poll() is None and not (tmp_path/'out'/'pictures-000003.tar').exists(): time.sleep(.001)
     p.kill()
     assert p.wait() == -signal.SIGKILL
-    assert not load_manifest(tmp_path/'out')['complete']
+    assert not read_manifest(tmp_path/'out')['complete']
     monkeypatch.chdir(tmp_path)
     for out in ('out','whole'): assert call('folder', 'in', out, '--per-shard', 10, '--workers', 1)[0] == 0
     a, b = files(tmp_path/'out'), files(tmp_path/'whole')
@@ -127,10 +144,10 @@ def test_shapes(tmp_path, call):
     assert Image.open(io.BytesIO(got[0]['png'])).size == (16, 16)
     write_shapes(tmp_path/'same', 10, 16, 3, 4, True)
     assert got == [s for *_,s in read_samples(find_tars(tmp_path/'same'))]
-    assert [o['samples'] for o in load_manifest(tmp_path/'d')['shards'].values()] == [4,4,2]
+    assert [o['samples'] for o in read_manifest(tmp_path/'d')['shards'].values()] == [4,4,2]
 
 def test_shapes_go_on(tmp_path, call, monkeypatch):
-    from mdm.data.shapes import shapes as datasets
+    from mdm.data import shapes as datasets
     real, drawn = datasets._record, []
     def record(i, *args):
         if len(drawn) == 7: drawn.append(None); raise KeyboardInterrupt()
@@ -158,11 +175,11 @@ def test_split_embed_inspect(tmp_path, call, monkeypatch):
     assert call('folder', put(tmp_path/'in', 40), 'all')[0] == 0
     code, out, _ = call('split', 'all/*.tar', '--output', 'split', '--percent', 25)
     assert code == 0 and out.splitlines()[-1] == "Now try: mdm_train pictures_64 --data 'split/train/*.tar' --valid 'split/valid/*.tar'"
-    count = {o: sum(v['samples'] for v in load_manifest(f'split/{o}')['shards'].values()) for o in ('train','valid')}
+    count = {o: sum(v['samples'] for v in read_manifest(f'split/{o}')['shards'].values()) for o in ('train','valid')}
     assert sum(count.values()) == 40 and 3 <= count['valid'] <= 18
     code, out, _ = call('embed', 'split/train', '--output', 'embedded', '--recipe', 'shapes', 'text.dim=16', '--batch-size', 7)
     assert code == 0 and out.endswith("Now try: mdm_train shapes --data 'embedded/*.tar' text.dim=16 data.embeddings=true\n")
-    m = load_manifest('embedded')
+    m = read_manifest('embedded')
     assert m['embeddings']['dim'] == 16 and sum(v['samples'] for v in m['shards'].values()) == count['train']
     code, out, _ = call('inspect', 'embedded', 'split/valid/*.tar', '--pictures', 5, '--output', 'look')
     assert code == 0 and f"40 samples, of which 40 can be used, {count['train']} with embeddings" in out and 'Now try: mdm_dataset split' in out
@@ -188,7 +205,7 @@ def test_inspect_names_what_is_bad(tmp_path, call):
 
 def test_mistakes_about_shards(tmp_path, refused):
     for kind in (['split'], ['inspect'], ['embed', '--recipe', 'shapes']):
-        assert 'no shard matches' in refused(*kind, tmp_path/'none', '--output', tmp_path/'out')
+        assert 'no file matches' in refused(*kind, tmp_path/'none', '--output', tmp_path/'out')
         assert 'is no tar' in refused(*kind, __file__, '--output', tmp_path/'out')
     write_shapes(tmp_path/'s', 4)
     assert 'between 0 and 100' in refused('split', tmp_path/'s', '--output', tmp_path/'out', '--percent', 100)
@@ -221,7 +238,7 @@ def test_urls_mistakes(tmp_path, refused):
     assert 'list.tsv does not exist' in refused('urls', tmp_path/'list.tsv', tmp_path/'out')
     (tmp_path/'list.csv').write_text('a,b\n1,2\n')
     assert 'no column for the address: found a, b' in refused('urls', tmp_path/'list.csv', tmp_path/'out')
-    assert 'timeout is 0' in refused('urls', tmp_path/'list.csv', tmp_path/'out', '--timeout', 0)
+    assert 'urls.timeout: found 0' in refused('urls', tmp_path/'list.csv', tmp_path/'out', '--timeout', 0)
 
 def test_download(tmp_path, call, refused, served):
     write_shapes(tmp_path/'web', 9, per_shard=3)

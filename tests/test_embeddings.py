@@ -4,14 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
-from mdm.data.loader import embeddings as E
-from mdm.data.stream import DataConfig
-from mdm.data.samples import EmbeddedCaption
-from mdm.data.loader import create_loader
-from mdm.data.shapes import write_shapes
+from mdm.data import embeddings as E
 from mdm.data.embeddings import *
+from mdm.data.files import find_tars, read_manifest
+from mdm.data.inspect import read_samples, split_shards
+from mdm.data.loader import DataConfig, EmbeddedCaption, create_loader
+from mdm.data.shapes import write_shapes
+from mdm.data.shards import add_sample
 from mdm.recipe import load_recipe
-from mdm.data.shards import add_sample, find_tars, load_manifest, read_samples, split_shards
 from mdm.text import TextConfig, create_text_encoder
 
 small = TextConfig(dim=8)
@@ -55,7 +55,7 @@ def test_embeddings_are_the_encoders(plain, tmp_path, t5, which):
     note = m['embeddings']
     assert (note['encoder'], note['dim'], note['max_tokens'], note['max_chars'], note['half'], len(note['weights'])) == (config.encoder, real.dim, 128, 512, False, 64)
     assert m['complete'] and m['command'] == 'mdm_dataset embed' and {k: o['samples'] for k,o in m['shards'].items()} == {f'shapes-{i:06d}.tar': 8 for i in range(3)}
-    assert all(o['bytes'] == (tmp_path/'e'/k).stat().st_size for k,o in m['shards'].items()) and load_manifest(tmp_path/'e') == m
+    assert all(o['bytes'] == (tmp_path/'e'/k).stat().st_size for k,o in m['shards'].items()) and read_manifest(tmp_path/'e') == m
     empty, _ = PrecomputedText(note, config)([''])
     torch.testing.assert_close(empty, real([''])[0], atol=3e-3, rtol=0)
 
@@ -75,7 +75,7 @@ def test_long_captions_are_cut_as_the_encoder_cuts_them(tmp_path):
     assert stored(samples(tmp_path/'out')[0]).shape == (20,8)
 
 def test_numbers_beyond_half_precision():
-    with pytest.raises(ValueError, match='half precision'): halved((torch.full((1,2,3), 1e6), torch.ones(1,2)))
+    with pytest.raises(ValueError, match='half precision'): half_files((torch.full((1,2,3), 1e6), torch.ones(1,2)))
 
 def test_fingerprints(t5, tmp_path):
     a = weights_hash(TextConfig(encoder=str(t5)))
@@ -127,7 +127,7 @@ def test_refused(plain, tmp_path, t5):
     with pytest.raises(FileExistsError, match='holds other shards'): embed_shards(tmp_path/'e', plain, small)
     shutil.copytree(plain, tmp_path/'again')
     with pytest.raises(ValueError, match='name of several shards'): embed_shards([plain, tmp_path/'again'], tmp_path/'f', small)
-    with pytest.raises(FileNotFoundError, match='no shard matches'): embed_shards(tmp_path/'none', tmp_path/'f', small)
+    with pytest.raises(FileNotFoundError, match='no file matches'): embed_shards(tmp_path/'none', tmp_path/'f', small)
     with pytest.raises(ValueError, match='batch_size is 0'): embed_shards(plain, tmp_path/'g', small, batch_size=0)
     assert not (tmp_path/'g').exists()
 

@@ -1,14 +1,17 @@
-"Edge cases of mdm.data.shards: untidy folders, pictures of every kind, runs that are killed"
-import io, json, multiprocessing, os, random, shutil, signal, tarfile, time
+"Edge cases of mdm.data.shards and mdm.data.inspect: untidy folders, pictures of every kind, runs that are killed"
+import csv, io, json, multiprocessing, os, random, re, shutil, signal, sys, tarfile, threading, time
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest, webdataset
 from PIL import Image
-from mdm.data.loader import shards as S
-from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE
-from mdm.data.stream import DataConfig
-from mdm.data.loader import create_loader
+from tqdm import tqdm
+from mdm.data import shards as S
+from mdm.data.configs import ShardsConfig
+from mdm.data.files import find_tars, read_manifest
+from mdm.data.inspect import *
+from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, DataConfig, Skip, create_loader
 from mdm.data.shards import *
+from mdm.utils.files import only_writer
 
 red, blue = Image.new('RGB', (60,40), 'red'), Image.new('RGB', (60,40), 'blue')
 
@@ -103,11 +106,11 @@ def test_resize():
 @pytest.mark.parametrize('data', [b'', b'<html>no picture</html>', saved(noise(0), 'JPEG')[:600], saved(noise(0))[:600], saved(noise(0), 'WEBP')[:300], saved(noise(0), 'GIF')[:500]])
 @pytest.mark.parametrize('resize', [None, 8])
 def test_broken_pictures(data, resize):
-    with pytest.raises(S.Skip, match=BAD_PICTURE): prepare_picture(data, resize)
+    with pytest.raises(Skip, match=BAD_PICTURE): prepare_picture(data, resize)
 
 def test_a_picture_that_would_fill_the_memory(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    with pytest.raises(S.Skip, match=BAD_PICTURE): prepare_picture(saved(red))
+    with pytest.raises(Skip, match=BAD_PICTURE): prepare_picture(saved(red))
 
 # ---- keys
 
@@ -115,7 +118,7 @@ def test_keys_are_unique_and_safe():
     names = ['a.jpg', 'A.jpg', 'a.png', 'b/a.jpg', 'b_a.jpg', 'ä.jpg', '猫.jpg', '犬.jpg', 'x'*300+'.jpg', 'y'*300+'.jpg', '../a.jpg', 'con.jpg', ' .jpg', 'a b.jpg', 'a.b.jpg', 'a\udcff.jpg', '-.jpg', '😀.jpg']
     keys = [make_key(n) for n in names]
     assert len({k.lower() for k in keys}) == len(names)
-    assert all(S.re.fullmatch(r'[0-9A-Za-z][0-9A-Za-z_-]{0,59}', k) for k in keys), keys
+    assert all(re.fullmatch(r'[0-9A-Za-z][0-9A-Za-z_-]{0,59}', k) for k in keys), keys
     assert make_key('b/Ärger.jpg') == 'b_Arger-4ae6897444ee0053'        # for ever
 
 # ---- folders
@@ -137,7 +140,7 @@ def test_a_folder(tmp_path):
 def test_size_of_shards(tmp_path, many):
     m = write_folder(many, tmp_path/'a', per_shard=10)
     assert [o['samples'] for o in m['shards'].values()] == [10]*5+[3] and sum(m['skipped'].values()) == 7
-    b = write_folder(many, tmp_path/'b', max_bytes=20_000)
+    b = write_folder(many, tmp_path/'b', max_mb=.02)
     sizes = [o['bytes'] for o in b['shards'].values()]
     assert len(sizes) > 3 and all(20_000 <= o < 40_000 for o in sizes[:-1])
     assert {s['__key__'] for s in samples(tmp_path/'a')} == {s['__key__'] for s in samples(tmp_path/'b')}
@@ -171,7 +174,7 @@ def test_unreadable_pictures_are_reported(tmp_path):
     for n in ('cut\tshort.jpg', 'cut\nshort.jpg', 'cut "short".jpg', 'cut\udcff.jpg'): put(tmp_path/'in', n, saved(noise(0), 'JPEG')[:700])
     m = write_folder(tmp_path/'in', tmp_path/'out')
     assert m['skipped'] == {BAD_PICTURE:4}
-    rows = list(S.csv.reader(open(tmp_path/'out'/REPORT, newline=''), delimiter='\t'))
+    rows = list(csv.reader(open(tmp_path/'out'/REPORT, newline=''), delimiter='\t'))
     assert {o[0] for o in rows[1:]} == {'cut\tshort.jpg', 'cut\nshort.jpg', 'cut "short".jpg', 'cut\\udcff.jpg'}
     assert all('runcated' in o[2] for o in rows[1:])
 
@@ -181,8 +184,8 @@ def test_nothing_can_be_used(tmp_path):
         with pytest.raises(ValueError, match=f'1 x {NO_CAPTION}'): write_folder(tmp_path/'in', tmp_path/'out')
     with pytest.raises(FileNotFoundError, match='no pictures'): write_folder(tmp_path/'out', tmp_path/'more')
     with pytest.raises(FileNotFoundError, match='no folder'): write_folder(tmp_path/'none', tmp_path/'more')
-    with pytest.raises(ValueError, match='per_shard=0'): write_folder(tmp_path/'in', tmp_path/'more', per_shard=0)
-    with pytest.raises(ValueError, match='resize is 0'): write_folder(tmp_path/'in', tmp_path/'more', resize=0)
+    with pytest.raises(ValueError, match='folder.per_shard: found 0'): write_folder(tmp_path/'in', tmp_path/'more', per_shard=0)
+    with pytest.raises(ValueError, match='folder.resize: found 0'): write_folder(tmp_path/'in', tmp_path/'more', resize=0)
     assert not (tmp_path/'more').exists()
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
@@ -224,7 +227,7 @@ def test_metadata_csv_in_folders(tmp_path, header):
     assert {k: s['txt'].decode() for k,s in by_file(tmp_path/'out').items()} == {'x/Zoë.jpg':'a, "b"', 'x/y/b.jpg':'ü'}
     assert [o[:2] for o in report(tmp_path/'out')] == [['x/c.jpg', BAD_CAPTION]]
 
-@pytest.mark.parametrize('name, text, what', [('metadata.jsonl', '{"file_name":"a.jpg","text":"A"}\n{', 'after line 1'), ('metadata.jsonl', '[1]', 'not an object'), ('metadata.jsonl', '{"file_name":"a.jpg"}', 'no column for the caption'),
+@pytest.mark.parametrize('name, text, what', [('metadata.jsonl', '{"file_name":"a.jpg","text":"A"}\n{', 'after line 1'), ('metadata.jsonl', '[1]', 'expected an object'), ('metadata.jsonl', '{"file_name":"a.jpg"}', 'no column for the caption'),
     ('metadata.csv', 'a,b\n1,2\n', 'no column for the file')])
 def test_tables_that_are_none(tmp_path, name, text, what):
     put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG'))
@@ -232,6 +235,8 @@ def test_tables_that_are_none(tmp_path, name, text, what):
     with pytest.raises(ValueError, match=f'{name}.*{what}'): write_folder(tmp_path/'in', tmp_path/'out')
 
 # ---- interruptions
+
+for bar in (tqdm, S.tqdm): bar.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
 
 def killed(work, after):
     "Do some work in a process of its own that is killed when `after()` says so; was it?"
@@ -260,7 +265,7 @@ def test_killed_at_many_moments(tmp_path, many, monkeypatch):
     for k in range(12):
         end = time.monotonic() + rng.uniform(.02, .15)
         kills += killed(lambda: work(out), lambda: time.monotonic() > end)
-        if out.exists(): check_no_half(out); places.append((load_manifest(out) or {}).get('position', 0))
+        if out.exists(): check_no_half(out); places.append((read_manifest(out) or {}).get('position', 0))
     assert kills and places == sorted(places)
     work(out)
     assert files(out) == files(tmp_path/'whole')
@@ -327,9 +332,9 @@ def test_other_runs_are_refused(tmp_path, many):
 
 def test_one_run_at_a_time(tmp_path, many):
     "A second run is refused while the first is alive, and only then"
-    with ShardWriter(tmp_path/'out', 'pictures', {'kind':'other'}):
+    with ShardWriter(tmp_path/'out', ShardsConfig(), {'kind':'other'}):
         with pytest.raises(FileExistsError, match='another run is writing'): write_folder(many, tmp_path/'out')
-    p = multiprocessing.get_context('fork').Process(target=lambda: [ShardWriter(tmp_path/'out2', 'pictures', {}), time.sleep(60)])
+    p = multiprocessing.get_context('fork').Process(target=lambda: [ShardWriter(tmp_path/'out2', ShardsConfig(), {}), time.sleep(60)])
     p.start()
     while not (tmp_path/'out2'/'manifest.json').exists(): time.sleep(.01)
     with pytest.raises(FileExistsError, match='another run is writing'): write_folder(many, tmp_path/'out2')
@@ -395,10 +400,10 @@ def test_a_percentage_means_what_it_says(percent, name):
 def test_split_mistakes(tmp_path, many):
     write_folder(many, tmp_path/'all')
     for p in (0, 100, -1, float('nan')):
-        with pytest.raises(ValueError, match='between 0 and 100'): split_shards(tmp_path/'all', tmp_path/'s', percent=p)
+        with pytest.raises(ValueError, match='between 0 and 100|finite number'): split_shards(tmp_path/'all', tmp_path/'s', percent=p)
     with pytest.raises(ValueError, match='0.001 % of 53 samples'): split_shards(tmp_path/'all', tmp_path/'s', percent=.001)
     with pytest.raises(FileExistsError, match='percent was 0.001, now 50'): split_shards(tmp_path/'all', tmp_path/'s', percent=50)
-    with pytest.raises(FileNotFoundError, match='no shard matches'): split_shards(tmp_path/'none', tmp_path/'t')
+    with pytest.raises(FileNotFoundError, match='no file matches'): split_shards(tmp_path/'none', tmp_path/'t')
     with pytest.raises(ValueError, match='mdm_dataset download'): split_shards('s3://bucket/a.tar', tmp_path/'t')
 
 def test_split_killed(tmp_path, many, monkeypatch):
@@ -437,17 +442,17 @@ def test_inspect(tmp_path):
         for k,s in dict(cut=dict(jpg=saved(noise(0), 'JPEG')[:600], txt=b'x'), mute=dict(jpg=saved(red, 'JPEG')), latin=dict(jpg=saved(red, 'JPEG'), txt=b'\xff'), blind=dict(txt=b'x')).items(): add_sample(t, {'__key__':k, **s})
     (tmp_path/'b.tar').write_bytes((tmp_path/'a.tar').read_bytes()[:3000])
     found = inspect_shards([str(tmp_path/'[ab].tar')], pictures=2)
-    assert [(Path(o[0]).name, *o[1:3]) for o in found['bad']] == [('a.tar','cut',BAD_PICTURE), ('a.tar','mute',NO_CAPTION), ('a.tar','latin',BAD_CAPTION), ('a.tar','blind',NO_PICTURE), ('b.tar','',BAD_TAR)]
-    assert (found['shards'], found['samples'], found['usable'], found['embedded'], found['repeated']) == (2, 8, 4, 3, ['k0'])
-    assert found['kinds'] == {'jpg':3, 'png':1} and found['short_sides'] == {64:1, 50:1, 30:1, 40:1} and found['lengths'] == {3:1, 9:1, 600:1, 5:1}
-    assert found['sheet'].width < 300
+    assert [(Path(o[0]).name, *o[1:3]) for o in found.bad] == [('a.tar','cut',BAD_PICTURE), ('a.tar','mute',NO_CAPTION), ('a.tar','latin',BAD_CAPTION), ('a.tar','blind',NO_PICTURE), ('b.tar','',BAD_TAR)]
+    assert (found.shards, found.samples, found.usable, found.embedded, found.repeated) == (2, 8, 4, 3, ['k0'])
+    assert found.kinds == {'jpg':3, 'png':1} and found.short_sides == {64:1, 50:1, 30:1, 40:1} and found.lengths == {3:1, 9:1, 600:1, 5:1}
+    assert found.sheet.width < 300
     text = describe_shards(found)
     for o in ('8 samples, of which 4 can be used, 3 with embeddings', '3 jpg, 1 png', '30 to 64 pixels', '3 to 600 characters', f'1 x {BAD_TAR}', 'cut:', '1 keys occur more than once'): assert o in text, text
 
 def test_inspect_nothing_usable(tmp_path):
     with tarfile.open(tmp_path/'a.tar', 'w') as t: add_sample(t, {'__key__':'k', 'jpg':b'', 'txt':b'x'})
     found = inspect_shards(tmp_path)
-    assert found['usable'] == 0 and found['sheet'] is None and '0 can be used' in describe_shards(found)
+    assert found.usable == 0 and found.sheet is None and '0 can be used' in describe_shards(found)
 
 def test_histogram():
     assert histogram(Counter({0:1, 1:1, 2:4, 3:4, 9:1}), 'things', width=4).splitlines() == [
@@ -457,7 +462,7 @@ def test_histogram():
 def test_every_picture_has_the_same_chance_on_the_sheet(tmp_path):
     with tarfile.open(tmp_path/'a.tar', 'w') as t:
         for i in range(50): add_sample(t, {'__key__':f'k{i}', 'png':saved(Image.new('RGB', (8,8), (i*5,0,0))), 'txt':b'x'})
-    sheet = np.asarray(inspect_shards(tmp_path, pictures=10)['sheet'])
+    sheet = np.asarray(inspect_shards(tmp_path, pictures=10).sheet)
     shown = {int(v)//5 for v in np.unique(sheet[...,0][sheet[...,2] == 0])}
     assert min(shown) < 25 <= max(shown)
 
@@ -478,3 +483,21 @@ def test_ordered_map():
     g.close()
     def bad(i): raise RuntimeError('broken')
     with pytest.raises(RuntimeError, match='broken'): list(ordered_map(bad, range(3), 2))
+
+# ---- a progress bar
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+@pytest.mark.parametrize('file, shown', [(io.StringIO, False), (Terminal, True)])
+def test_a_log_file_gets_no_progress_bar(tmp_path, monkeypatch, file, shown):
+    "A bar on a terminal; where the errors go into a file, nothing"
+    put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG'))
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    monkeypatch.setattr(S, 'tqdm', tqdm)
+    monkeypatch.setattr(sys, 'stderr', err := file())
+    write_folder(tmp_path/'in', tmp_path/'out', bar=True)
+    assert ('pictures' in err.getvalue()) == shown
+    monkeypatch.setattr(sys, 'stderr', err := file())
+    write_folder(tmp_path/'in', tmp_path/'out2')
+    assert err.getvalue() == ''

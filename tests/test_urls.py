@@ -5,9 +5,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from test_shards import killed
-from mdm.data.loader import urls as U
-from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
-from mdm.data.shards import REPORT, find_tars, load_manifest, make_key, read_samples
+from mdm.data import urls as U
+from mdm.data.files import find_tars, read_manifest
+from mdm.data.inspect import read_samples
+from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
+from mdm.data.shards import REPORT
 from mdm.data.urls import *
 
 def saved(img, format='JPEG', **kwargs):
@@ -117,7 +119,7 @@ def test_every_kind_of_answer(tmp_path, web):
     odd = [('http://127.0.0.1:9/x.jpg', 'refused'), ('http://no.such.host.invalid/x.jpg', 'nowhere'), ('file:///etc/hostname', 'file'), ('', 'blank'), ('http://[bad/x.jpg', 'bad'),
         (f'{web.url}/good/100 ', 'space'), (f'{web.url}/good/107', ''), (f'{web.url}/good/108', b'\xff'), (f'{web.url}/good/109', 'good again')]
     rows = [(f'{web.url}/{k}/1', k) for k in kinds] + odd
-    m = write_urls(listed(tmp_path/'list.tsv', rows), tmp_path/'out', timeout=8, max_picture=1e6, retries=0, command='mdm_dataset urls list.tsv out')
+    m = write_urls(listed(tmp_path/'list.tsv', rows), tmp_path/'out', timeout=8, max_picture_mb=1, retries=0, command='mdm_dataset urls list.tsv out')
     assert [s['txt'].decode() for s in samples(tmp_path/'out')] == ['good', 'turned', 'animated', 'moved', 'space', 'good again']
     why = {(kinds + [c for _,c in odd])[[u for u,_ in rows].index(u)]: reason for u,reason,*_ in (o.split('\t') for o in (tmp_path/'out'/REPORT).read_text().splitlines()[1:])}
     assert why.pop('cut') in ('connection broken off', BAD_PICTURE)
@@ -153,7 +155,7 @@ def test_killed(tmp_path, web):
     work = lambda out: write_urls(tmp_path/'list.tsv', out, chunk=5, per_shard=6, retries=0, threads=8)
     work(tmp_path/'whole')
     web.pause, kills, places = .03, 0, []
-    position = lambda: (load_manifest(tmp_path/'out') or {}).get('position', 0)
+    position = lambda: (read_manifest(tmp_path/'out') or {}).get('position', 0)
     for asked in (1, None, 5, None, 12, None):               # killed after so many requests, or (None) as soon as a further shard is safe: alike on a fast and on a slow machine
         web.seen.clear(); was = position()
         kills += killed(lambda: work(tmp_path/'out'), (lambda: position() > was) if asked is None else lambda: sum(web.seen.values()) >= asked)
@@ -200,7 +202,7 @@ def test_without_a_network(tmp_path, web):
     listed(tmp_path/'list.tsv', rows)
     work = lambda: write_urls(tmp_path/'list.tsv', tmp_path/'out', chunk=15, per_shard=10, retries=0, threads=8, timeout=5)
     with pytest.raises(ConnectionError, match='none of the 15 servers in lines 16 to 30 of the list answered .server refused the connection.'): work()
-    assert load_manifest(tmp_path/'out')['position'] == 10 and not load_manifest(tmp_path/'out')['skipped']
+    assert read_manifest(tmp_path/'out')['position'] == 10 and not read_manifest(tmp_path/'out')['skipped']
     assert write_urls(tmp_path/'list.tsv', tmp_path/'gone', chunk=15, retries=0, network_check=False)['skipped'] == {U.REFUSED:30}
     there = ThreadingHTTPServer(('0.0.0.0', port), Web)
     there.daemon_threads, there.seen, there.over, there.pause = True, Counter(), threading.Event(), 0
@@ -224,11 +226,11 @@ def test_mistakes(tmp_path, web):
     path = listed(tmp_path/'list.tsv', [(f'{web.url}/missing/{i}', 'x') for i in range(3)])
     with pytest.raises(ValueError, match='3 x HTTP error 404'): write_urls(path, tmp_path/'out')
     with pytest.raises(FileNotFoundError, match='none.tsv does not exist'): write_urls(tmp_path/'none.tsv', tmp_path/'out')
-    with pytest.raises(ValueError, match='retries is -1'): write_urls(path, tmp_path/'o2', retries=-1)
-    for k in ('timeout','threads','max_picture','resize','chunk'):
-        with pytest.raises(ValueError, match=f'{k} is 0'): write_urls(path, tmp_path/'o2', **{k:0})
+    with pytest.raises(ValueError, match='urls.retries: found -1'): write_urls(path, tmp_path/'o2', retries=-1)
+    for k in ('timeout', 'threads', 'max_picture_mb', 'resize', 'chunk'):
+        with pytest.raises(ValueError, match=f'urls.{k}: found 0'): write_urls(path, tmp_path/'o2', **{k:0})
 
-@pytest.mark.parametrize('cause, mend', [('No module named img2dataset', 'mdm\\[data\\]'), ("No module named 'imghdr'", 'standard-imghdr')])
+@pytest.mark.parametrize('cause, mend', [('No module named img2dataset', r'matryoshka-diffusion\[data\]'), ("No module named 'imghdr'", 'standard-imghdr')])
 def test_without_img2dataset(tmp_path, monkeypatch, cause, mend):
     real = builtins.__import__
     def without(name, *args, **kwargs):
