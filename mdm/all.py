@@ -40,7 +40,8 @@ from mdm.training.learner import (
     build_model, LRSchedule, MDMLearner, mdm_learner, tensorboard_log, wandb_log, logger_callbacks,
     output_callbacks)
 from .data.files import download, find_files
-from .data.shards import inspect_shards, split_shards, write_folder
+from .data.inspect import inspect_shards, split_shards
+from .data.shards import write_folder
 from .data.urls import write_urls
 from .data.embeddings import PrecomputedText, create_encoder_for, embed_shards
 from .training.distributed import DistributedTrainer, distributed_setup

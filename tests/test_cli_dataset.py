@@ -9,7 +9,7 @@ from mdm.cli.dataset import mdm_dataset
 from mdm.data import configs, shards
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import read_samples
-from mdm.data.loader import BAD_PICTURE, NO_CAPTION
+from mdm.data.samples import BAD_PICTURE, NO_CAPTION
 from mdm.data.shapes import held_out, parse_caption, shapes_captions, write_shapes
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from mdm.data import embeddings as E
 from mdm.data.embeddings import *
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import read_samples, split_shards
-from mdm.data.loader import DataConfig, EmbeddedCaption, create_loader
+from mdm.data.stream import DataConfig
+from mdm.data.samples import EmbeddedCaption
+from mdm.data.loader import create_loader
 from mdm.data.shapes import write_shapes
 from mdm.data.shards import add_sample
 from mdm.recipe import load_recipe

@@ -9,7 +9,9 @@ from mdm.data import shards as S
 from mdm.data.configs import ShardsConfig
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import *
-from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, DataConfig, Skip, create_loader
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, Skip
+from mdm.data.stream import DataConfig
+from mdm.data.loader import create_loader
 from mdm.data.shards import *
 from mdm.utils.files import only_writer
 

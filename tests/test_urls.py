@@ -8,7 +8,7 @@ from test_shards import killed
 from mdm.data import urls as U
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import read_samples
-from mdm.data.loader import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, NO_CAPTION
 from mdm.data.shards import REPORT
 from mdm.data.urls import *
 

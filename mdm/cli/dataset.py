@@ -148,7 +148,8 @@ def _shapes(args):
     "Shards of drawn shapes."
     if args.n < 1 or args.size < 16:
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
-    from mdm.data.shapes import _record, _sample
+    from mdm.data.embeddings import _record
+    from mdm.data.shapes import _sample
     from mdm.data.shards import ShardWriter, progress_bar
     from mdm.utils.configs import changed
     settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image
 from .configs import SplitConfig
 from .files import find_tars, known_shards, read_manifest
-from .loader import BAD_TAR, NO_PICTURE, PICTURES, TAR_ERRORS, Skip, get_caption, load_picture, tar_samples
+from .samples import BAD_TAR, NO_PICTURE, PICTURES, TAR_ERRORS, Skip, get_caption, load_picture, tar_samples
 from .shards import ShardWriter, key_fraction, ordered_map, progress_bar, refuse_empty, result_or_skip, skip_cause
 from ..utils.configs import changed
 from ..utils.pictures import contact_sheet
