@@ -148,12 +148,12 @@ def test_shapes(tmp_path, call):
 
 def test_shapes_go_on(tmp_path, call, monkeypatch):
     from mdm.data import shapes as datasets
-    real, drawn = datasets._record, []
+    real, drawn = datasets.shape_sample, []
     def record(i, *args):
         if len(drawn) == 7: drawn.append(None); raise KeyboardInterrupt()
         drawn.append(i)
         return real(i, *args)
-    monkeypatch.setattr(datasets, '_record', record)
+    monkeypatch.setattr(datasets, 'shape_sample', record)
     assert [call('shapes', tmp_path/'d', '--n', 10, '--per-shard', 3)[0] for _ in range(2)] == [130, 0]
     assert drawn == [*range(7), None, *range(6,10)]
     assert call('shapes', tmp_path/'e', '--n', 10, '--per-shard', 3)[0] == 0

@@ -112,8 +112,8 @@ def test_inner_decides_the_kind():
     ('diffusion.num_steps', 1, 'at least 2'), ('diffusion.beta_start', 0, 'between'), ('diffusion.beta_end', 1e-5, 'beta_start'), ('diffusion.rescale_signal', 0, 'above 0'), ('diffusion.output_scale', -1, '0'),
     ('text.dim', 0, 'above 0'), ('text.max_tokens', 0, 'above 0'), ('data.image_size', 17, 'multiple of 2'), ('data.image_size', 4, 'at least 8'), ('data.image_size', 0, 'above 0'), ('data.workers', -1, '0 or more'), ('data.shuffle', -1, '0 or more'), ('data.epoch_size', 0, 'above 0'), ('data.weights', [1.0], 'each of the 0 entries'),
     ('train.warmup_steps', 101, 'no more than train.steps = 100'), ('train.warmup_steps', -1, 'greater'), ('train.lr', -1e-3, 'greater than 0'), ('train.ema_decay', 1., 'less than 1'), ('train.caption_dropout', -.1, 'greater'),
-    ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'above 0'), ('sample.eta', -1., '0 or more'), ('sample.guidance', -1., '0 or more'),
-    ('sample.guidance_rescale', 1.1, '0 to 1'), ('sample.guidance_interval', [.5, .5], 'the smaller one first'), ('sample.guidance_interval', [0., 2.], 'from 0 (clean) to 1'),
+    ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'greater than or equal to 1'), ('sample.eta', -1., 'greater than or equal to 0'), ('sample.guidance', -1., 'greater than or equal to 0'),
+    ('sample.guidance_rescale', 1.1, 'less than or equal to 1'), ('sample.guidance_interval', [.5, .5], 'the smaller one first'),
     ('sample.solver', 'euler', "'ddim', 'ddpm', 'dpm++2m' or 'unipc'"), ('sample.spacing', 'karras', "'uniform', 'trailing' or 'logsnr'")])
 def test_combinations(place, value, expected):
     bad = problems(with_(place, value))

@@ -68,13 +68,14 @@ def add_config_flags(
     parser, # `ArgumentParser`, or a group of one
     cls:type, # class of settings, see `config_class`
     skip:tuple=(), # fields that get no flag
-    own:str="the recipe's", # which value holds where the flag is not given
+    own:str|None="the recipe's", # which value holds where the flag is not given; None: the field's default
 ):
     "Add a flag for every field of a class of settings; `guidance_interval` becomes `--guidance-interval`."
     from mdm.utils.configs import options
     for o in options(cls):
         if o.name in skip: continue
-        text = f'{o.help} ({own})'.replace('%', '%%')            # argparse fills in what follows a single %
+        value = o.default if own is None else own
+        text = (o.help if value is None else f'{o.help} ({value})').replace('%', '%%')   # argparse fills in what follows a single %
         parser.add_argument('--' + o.name.replace('_', '-'), default=None, help=text, **_flag(o))
 
 # %% ../../nbs/5_edges/04_command.ipynb #3ed33069

@@ -148,15 +148,14 @@ def _shapes(args):
     "Shards of drawn shapes."
     if args.n < 1 or args.size < 16:
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
-    from mdm.data.embeddings import _record
-    from mdm.data.shapes import _sample
-    from mdm.data.shards import ShardWriter, progress_bar
+    from mdm.data.shapes import shape_sample
+    from mdm.data.shards import ShardWriter, items_bar
     from mdm.utils.configs import changed
     settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out)
     config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': 'shapes'})
     with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
-        for i in progress_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
-            writer.add(i, _record(i, args.size, *_sample(args.seed, i, args.held_out)))
+        for i in items_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
+            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out))
     _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #fdac974d

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .files import MANIFEST, find_files, find_tars, read_manifest, resolve_sibling
 from .inspect import read_samples, samples_in_manifests
 from .samples import Skip, get_caption
-from .shards import add_sample, progress_bar, result_or_skip, write_manifest
+from .shards import add_sample, items_bar, result_or_skip, write_manifest
 from ..text import TextConfig, TextEncoder, check_prompts, create_text_encoder, pad_prompts
 from ..utils.files import atomic_write, only_writer
 from ..utils.ranks import is_main
@@ -110,7 +110,7 @@ def embed_shards(
         encoder = create_text_encoder(config, cache_size=0, device=device)
         manifest = _begin(folder, describe_encoder(config, encoder), command)
         todo = [t for t in tars if not _is_done(manifest['shards'].get(names[t]), folder/names[t], t)]
-        with progress_bar(None, 'captions', samples_in_manifests(todo), bar) as progress:
+        with items_bar(None, 'captions', samples_in_manifests(todo), bar) as progress:
             for tar in todo:
                 samples, damage = _embed_tar(tar, folder/names[tar], encoder, batch_size, progress)
                 _record(manifest, folder/names[tar], tar, samples, damage)

@@ -432,11 +432,12 @@ def _table_kind(path, kind=None):
 
 # %% ../../nbs/2_data/02_files.ipynb #a343e46f
 @contextmanager
-def _text_lines(path, kind, errors):
-    "An open file of lines. Line ends within quoted cells stay as they are."
+def _text_lines(path, kind, errors, quotes=True):
+    "An open file of lines. Line ends within quoted cells stay as they are; without quotes a row is a line."
     with open_file(path) as f:
         raw = gzip.open(f) if path.split('?')[0].lower().endswith('.gz') else f
-        with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors, newline='\n' if kind == 'jsonl' else '') as text: yield text
+        ends = '\n' if kind == 'jsonl' or (kind == 'tsv' and not quotes) else ''
+        with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors, newline=ends) as text: yield text
 
 def _unquoted(cell):
     "A cell that is quoted as a whole, without its quotation marks."
@@ -503,7 +504,7 @@ def read_table(
     if kind == 'parquet':
         yield from _parquet_rows(path, keep)
         return
-    with _text_lines(path, kind, errors) as f:
+    with _text_lines(path, kind, errors, quotes) as f:
         rows = _dicts(f, kind, names, quotes)
         while True:
             try: n, row = next(rows)
@@ -528,7 +529,7 @@ def column_names(
     kind = _table_kind(path, kind)
     if kind == 'parquet':
         with open_file(path) as f: return _parquet(f, path).schema_arrow.names
-    with _text_lines(path, kind, 'surrogateescape') as f:
+    with _text_lines(path, kind, 'surrogateescape', quotes) as f:
         try: return next(_cells(f, kind, quotes), (0, []))[1]
         except (csv.Error, gzip.BadGzipFile, EOFError) as e: raise ValueError(f'{redact(path)} is damaged: {e}') from e
 
@@ -728,7 +729,7 @@ def download(
     "Copy files to this machine. Raises what `list_files` raises, `ValueError`, and `OSError` when the disk is full."
     if not 0 <= part < parts: raise ValueError(f'part is {part}, but with parts={parts} it must be from 0 to {parts-1}')
     failed, share = {}, list(_targets(selection).items())[part::parts]
-    stop, bar = threading.Event(), tqdm(unit='B', unit_scale=True, disable=not progress)
+    stop, bar = threading.Event(), tqdm(unit='B', unit_scale=True, disable=None if progress else True)
     def one(item):
         name, (path, info) = item
         try: return _copy(info or file_info(path), Path(folder)/name, stop, bar)

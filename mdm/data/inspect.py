@@ -17,7 +17,7 @@ from PIL import Image
 from .configs import SplitConfig
 from .files import find_tars, known_shards, read_manifest
 from .samples import BAD_TAR, NO_PICTURE, PICTURES, TAR_ERRORS, Skip, get_caption, load_picture, tar_samples
-from .shards import ShardWriter, key_fraction, ordered_map, progress_bar, refuse_empty, result_or_skip, skip_cause
+from .shards import ShardWriter, key_fraction, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
 from ..utils.configs import changed
 from ..utils.pictures import contact_sheet
 
@@ -119,7 +119,7 @@ def _divide(tars, writers, share, bar):
     "Give each sample to the writer of its side; damage is counted on the side of training."
     train, valid = writers
     start = min(w.position for w in writers)
-    for n, tar, sample in progress_bar(read_samples(tars, start), 'samples', samples_in_manifests(tars), bar, start):
+    for n, tar, sample in items_bar(read_samples(tars, start), 'samples', samples_in_manifests(tars), bar, start):
         for_valid = not isinstance(sample, Skip) and key_fraction(sample['__key__']) < share
         train.add(n, None if for_valid else sample, tar)
         valid.add(n, sample if for_valid else None, tar)
@@ -217,7 +217,7 @@ def inspect_shards(
         return tar, sample, sample if isinstance(sample, Skip) else result_or_skip(check_sample, sample)
 
     looked = ordered_map(look, read_samples(tars), workers)
-    for tar, sample, found in progress_bar(looked, 'samples', samples_in_manifests(tars), bar):
+    for tar, sample, found in items_bar(looked, 'samples', samples_in_manifests(tars), bar):
         inspection.add(tar, sample, found, pictures, rng)
     return inspection
 

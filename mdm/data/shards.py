@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT', 'KEPT_FORMATS', 'FILE_COLUMNS', 'PICTURE_FILES', 'NOT_THERE', 'TWICE', 'UNREADABLE', 'write_manifest',
            'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture', 'make_key', 'key_fraction', 'read_metadata',
-           'normalize_path', 'list_folder', 'ordered_map', 'progress_bar', 'result_or_skip', 'folder_sample',
+           'normalize_path', 'list_folder', 'ordered_map', 'items_bar', 'result_or_skip', 'folder_sample',
            'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/07_shards.ipynb #16849fe0
@@ -310,7 +310,7 @@ def ordered_map(
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/2_data/07_shards.ipynb #fb8bdcf8
-def progress_bar(
+def items_bar(
     items, # anything iterable; None: call `update` on the result
     unit:str, # what is counted, in the plural
     total:int|None, # how many there will be; None: unknown
@@ -385,6 +385,6 @@ def write_folder(
     make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize)
     with ShardWriter(folder, config, settings, command) as writer:
         outcomes = ordered_map(make, items[writer.position:], config.workers)
-        for outcome in progress_bar(outcomes, 'pictures', len(items), bar, writer.position):
+        for outcome in items_bar(outcomes, 'pictures', len(items), bar, writer.position):
             writer.add(writer.position, outcome, items[writer.position][0])
     return refuse_empty(writer.manifest, pictures)

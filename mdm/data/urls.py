@@ -17,7 +17,7 @@ from urllib.response import addinfourl
 from .configs import UrlsConfig
 from .files import CAPTION_COLUMNS, column_names, pick_column, read_table
 from .samples import Skip, get_caption
-from .shards import ShardWriter, ordered_map, prepare_picture, progress_bar, refuse_empty, result_or_skip
+from .shards import ShardWriter, ordered_map, prepare_picture, items_bar, refuse_empty, result_or_skip
 from ..utils.configs import changed
 
 # %% ../../nbs/2_data/09_urls.ipynb #c26fb858
@@ -272,7 +272,7 @@ def write_urls(
     max_bytes = int(config.max_picture_mb*1e6)
     settings = dict(kind='urls', source=fingerprint, resize=config.resize, max_picture=max_bytes, chunk=config.chunk)
     with ShardWriter(folder, config, settings, command) as writer, bounded_urllib(3*config.timeout, max_bytes):
-        with progress_bar(None, 'pictures', total, bar, writer.position) as progress:
+        with items_bar(None, 'pictures', total, bar, writer.position) as progress:
             _write_chunks(index, config, writer, progress)
     return refuse_empty(writer.manifest, index)
 
