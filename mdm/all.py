@@ -5,61 +5,49 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/5_edges/12_all.ipynb #6400fcd6
-from .diffusion.schedule import (
-    ddpm_gammas, deepfloyd_gammas, cosine_gammas, sigmoid_gammas, make_gammas, shift_gammas, to_x0, from_x0,
-    add_noise, vdm_weights)
-from .models.layers import (
-    zero_init, time_features, ResNet, attend, Attention, TextAttention, TextMLP, TextBlock, masked_mean)
-from .models.unet import UNetConfig, UNet
-from .models.nested_unet import NestedUNetConfig, model_scales, NestedUNet, create_model
-from .diffusion.objective import DiffusionConfig, mixed_shares, Noised, Diffusion
-from .diffusion.settings import SampleConfig
-from .diffusion.sampler import PictureNoise, for_upscale, for_img2img, for_inpaint, sample_steps, sample
-from .diffusion.solvers import half_logsnr, timesteps, ddpm_step, ddim_step, dpmpp_step, unipc_correct
-from .text import (
-    TextConfig, pad_prompts, TextEncoder, check_prompts, split_words, word_vector, position_codes, HashEncoder,
-    load_hf, HFEncoder, create_text_encoder)
-from .data.stream import DataConfig, count_samples, Shard, find_shards, read_shard, PictureStream
-from .data.samples import load_picture, get_caption, EmbeddedCaption, get_embedding, tar_members, tar_samples
-from .reference.tables import read_index
-from .data.loader import show_pictures, PictureLoader, create_loader, create_dls
-from .data.shapes import (
-    Shape, all_shapes, parse_caption, shapes_captions, write_shapes, judge_all, judge, prompt_accuracy)
-from .recipe import TrainConfig, Recipe, RecipeError, valid_keys, read_model, check_recipe, build_recipe, recipe_dict, save_recipe, read_source, apply_overrides, load_recipe
-from .reference.recipes import from_reference, is_reference, to_reference
-from .utils.configs import unknown_key
-from .checkpoint import write_safetensors, save_checkpoint, read_state, Checkpoint, find_checkpoint, load_checkpoint, strip_prefix, load_weights, text_width, recipe_for, load_state, load_model, load_inner
-from .reference.checkpoints import UnsafeCheckpoint, inspect_pickle, ReleasedCheckpoint, load_released, save_released
-from .pipeline import MDMPipeline
-from .training.callbacks import (
-    CaptionDropout, TextEncoding, Noising, DiffusionLoss, BFloat16, Accumulate, FreezeDolls, GradientNorm,
-    SkipNonFinite, CountSteps, MovingAverage, StepLog, Previews)
-from .training.optimizers import orthogonalize, Muon, optimizer_of, lr_factor
-from mdm.training.learner import (
-    build_model, LRSchedule, MDMLearner, mdm_learner, tensorboard_log, wandb_log, logger_callbacks,
-    output_callbacks)
+# %% ../nbs/5_edges/12_all.ipynb #a50f4ae3
+from .diffusion.schedule import add_noise, from_x0, make_gammas, shift_gammas, to_x0
+from .models.unet import UNet, UNetConfig
+from .models.nested_unet import NestedUNet, NestedUNetConfig, create_model, model_scales
+from .diffusion.objective import Diffusion, DiffusionConfig
+from .diffusion.sampler import SampleConfig, sample, sample_steps
+from .text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder
+from .utils.pictures import contact_sheet, from_pil, pixels_to_signal, signal_to_pixels, to_pil
+
+# %% ../nbs/5_edges/12_all.ipynb #1c789b2f
+from .data.shapes import Shape, judge, parse_caption, prompt_accuracy, shapes_captions, write_shapes
 from .data.files import download, find_files
-from .data.inspect import inspect_shards, split_shards
+from .data.stream import DataConfig
+from .data.loader import create_dls, create_loader
 from .data.shards import write_folder
+from .data.inspect import inspect_shards, split_shards
 from .data.urls import write_urls
 from .data.embeddings import PrecomputedText, create_encoder_for, embed_shards
+
+# %% ../nbs/5_edges/12_all.ipynb #35b8e5d1
+from .recipe import Recipe, RecipeError, TrainConfig, build_recipe, load_recipe, recipe_dict, save_recipe
+from .utils.files import presets
+from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_inner, load_model, load_state, save_checkpoint
+from .pipeline import MDMPipeline
+from .training.callbacks import *
+from .training.optimizers import Muon, lr_factor, optimizer_of
 from .training.distributed import DistributedTrainer, distributed_setup
 from .training.resume import Checkpoints, load_training, save_training
+from .training.learner import MDMLearner, mdm_learner, output_callbacks
+from .utils.ranks import is_main
+
+# %% ../nbs/5_edges/12_all.ipynb #bd02a521
 from .evaluation.judges import clip_scores, fid_score, frechet_distance
-from .evaluation.evaluate import compare_runs, evaluate
 from .evaluation.losses import level_losses
+from .evaluation.evaluate import EvaluateConfig, compare_runs, evaluate
+from .reference.checkpoints import load_released
 from .cli.dataset import mdm_dataset
 from .cli.train import mdm_train
+from .cli.sample import mdm_sample
 from .cli.convert import mdm_convert
 from .cli.demo import mdm_demo
-from .cli.sample import mdm_sample
 from .cli.evaluate import mdm_evaluate
 from .cli.app import mdm_app
-from .utils.ranks import is_main
-from .utils.files import presets
-from .utils.pictures import (
-    contact_sheet, from_pil, open_picture, pixels_to_signal, signal_to_pixels, to_pil, to_rgb)
 
-# %% ../nbs/5_edges/12_all.ipynb #f4762f38
+# %% ../nbs/5_edges/12_all.ipynb #cd4b7b0e
 __all__ = [name for name in globals() if name[0] != '_']
