@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-import mdm.training.learner
-from mdm.checkpoint import load_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+import mdm.diffusion.sampler
+from mdm.checkpoint import Checkpoint, load_checkpoint
 from mdm.diffusion.objective import Diffusion
 from mdm.diffusion.sampler import SampleConfig, for_img2img, for_inpaint, for_upscale, sample_steps
 from mdm.models.nested_unet import create_model
@@ -35,6 +35,12 @@ class Waits(TorchDispatchMode):
         elif f is torch.ops.aten.copy_.default and on_gpu(args[0]) != on_gpu(args[1]) and not (args[2] if len(args) > 2 else kwargs.get('non_blocking')): self.count += 1
         elif f is torch.ops.aten._to_copy.default and not on_gpu(args[0]) and kwargs.get('device') and kwargs['device'].type == 'cuda' and not kwargs.get('non_blocking'): self.count += 1
         return f(*args, **kwargs)
+
+def for_real(f):
+    "A function that computes with real tensors, on the CPU: it reads files, or makes tensors whose size depends on their numbers."
+    def call(*args, **kwargs):
+        with _disable_current_modes(): return f(*args, **kwargs)
+    return call
 
 def is_fake(t): return isinstance(t, torch._subclasses.FakeTensor)
 def on_gpu(t): return t.device.type == 'cuda'
@@ -96,7 +102,7 @@ def devices(o):
 
 # ---- training
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'adam', 'muon'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('more', [[], ['train.bf16=false', 'train.accumulate=2', 'diffusion.loss_target=eps', 'train.ema_decays=[0.5]', 'diffusion.vdm_weights=true']], ids=['plain', 'more'])
 def test_a_training(gpu, optimizer, more, tmp_path):
     "Noise, loss, gradient norm, finiteness, optimizer, averages and log."
@@ -109,21 +115,20 @@ def test_a_training(gpu, optimizer, more, tmp_path):
     assert all(o.device.type == 'cpu' for o in learn.recorder.losses)
 
 def test_mixed_batches_and_frozen_networks(gpu):
-    learn = learner('diffusion.mixed_ratio=[1,1]', 'train.freeze_inner_steps=2')
-    learn.freeze_networks.networks = [learn.model.inner_unet]
-    fit(learn, steps=4)
-    assert {s['step'] for p, s in learn.opt.state.items()} == {2, 4}
+    learn = learner('diffusion.mixed_ratio=[1,1]', 'train.optimizer=muon')
+    fit(learn, FreezeNetworks([learn.model.inner_unet], 2), steps=4)
+    assert {s['step'] for s in learn.opt.opt.state.values()} == {2, 4}
 
 def test_waits_of_a_training(gpu):
     "One wait per step, however many batches it has, and one per line of the log."
     def waits(steps, *cbs):
-        learn = learner('train.accumulate=4', n=4*steps)
+        learn = learner('train.accumulate=4', 'train.optimizer=adamw', n=4*steps)
         before = gpu.count
         fit(learn, *cbs, steps=steps)
         return gpu.count - before
-    few, many = waits(3), waits(13)
+    few, many = waits(1), waits(4)
     table = 4*(table_copies() + text_copies())
-    assert (many - few)/10 <= 1 + table, (few, many, table)
+    assert (many - few)/3 <= 1 + table, (few, many, table)
 
 def table_copies():
     "Waits of `Diffusion.noised` and `compare` per batch: those of the table of gammas, if it is copied to the GPU each time."
@@ -150,7 +155,7 @@ def text_copies():
 def checkpoints(tmp_path_factory):
     "Checkpoints of trainings on the CPU, with rows of the log that no line holds yet."
     folders = {}
-    for name in ('adamw', 'adam', 'muon'):
+    for name in ('adamw', 'muon'):
         learn, folder = learner(f'train.optimizer={name}', device=cpu), tmp_path_factory.mktemp(name)
         log = StepLog(folder/'log.csv', [2, 1], every=2)
         learn.add_cb(log)
@@ -159,10 +164,11 @@ def checkpoints(tmp_path_factory):
         folders[name] = learn.save_checkpoint(folder/'step_00000003')
     return folders
 
-@pytest.mark.parametrize('name', ['adamw', 'adam', 'muon'])
-def test_a_training_that_goes_on(gpu, checkpoints, name, tmp_path):
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_training_that_goes_on(gpu, checkpoints, name, tmp_path, monkeypatch):
     "Optimizer, averages and rows of the log come from the disk to the CPU, and must go on with tensors of the GPU."
-    with torch.utils._python_dispatch._disable_current_modes(): checkpoint = load_checkpoint(checkpoints[name])
+    for k in ('weights', 'tensors'): monkeypatch.setattr(Checkpoint, k, for_real(getattr(Checkpoint, k)))
+    checkpoint = for_real(load_checkpoint)(checkpoints[name])
     learn = learner(f'train.optimizer={name}')
     log = StepLog(tmp_path/'log.csv', [2, 1], every=2)
     learn.add_cb(log)
@@ -170,7 +176,7 @@ def test_a_training_that_goes_on(gpu, checkpoints, name, tmp_path):
     assert learn.steps == 3 and len(log.rows) == 1
     fit(learn, steps=5)
     assert learn.steps == 5 and [r['step'] for r in csv.DictReader(open(log.path))] == ['4', '5'] and devices(log.rows) == {'cuda'}
-    assert devices([{k: v for k, v in s.items() if k != 'step'} for s in learn.opt.state.values()]) == {'cuda'}
+    assert devices([{k: v for k, v in s.items() if k != 'step'} for s in learn.opt.opt.state.values()]) == {'cuda'}
 
 def test_an_average_that_began_on_the_cpu(gpu):
     "A checkpoint before the first fit starts the averages before fastai moves the model."
@@ -202,8 +208,10 @@ def test_rows_of_two_devices(gpu):
 # ---- sampling
 
 @pytest.fixture
-def net(gpu):
+def net(gpu, monkeypatch):
     recipe = load_recipe('shapes', tiny)
+    real, gammas = for_real(mdm.diffusion.sampler.timesteps), for_real(lambda: Diffusion(recipe.diffusion, [2, 1]).gammas[-1])()
+    monkeypatch.setattr(mdm.diffusion.sampler, 'timesteps', lambda *args, **kwargs: real(*(gammas if torch.is_tensor(o) else o for o in args), **kwargs))
     return create_model(recipe.model, 16).to(cuda), Diffusion(recipe.diffusion, [2, 1])
 
 def draw(net, given=None, **config):

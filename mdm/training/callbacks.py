@@ -123,8 +123,9 @@ class BFloat16(Callback):
     order = callback_order['BFloat16']
     def before_batch(self):
         self.restore()
-        self.learn.model = _OnceUnderAutocast(self.learn, 'model', self.dls.device)
-        self.learn.loss_func = _OnceUnderAutocast(self.learn, 'loss_func', self.dls.device)
+        device = next(self.learn.model.parameters()).device
+        self.learn.model = _OnceUnderAutocast(self.learn, 'model', device)
+        self.learn.loss_func = _OnceUnderAutocast(self.learn, 'loss_func', device)
 
     def restore(self):
         "Take out a wrapper that was not called, since another callback cancelled the batch or an error came first."
@@ -133,6 +134,7 @@ class BFloat16(Callback):
 
     def before_fit(self): self.restore()
     def after_batch(self): self.restore()
+    def after_fit(self): self.restore()
 
 # %% ../../nbs/3_training/04_callbacks.ipynb #aec80fe6
 class Accumulate(GradientAccumulation):
@@ -434,7 +436,7 @@ def before_fit(self:StepLog):
 @patch
 def after_fit(self:StepLog):
     if self.bar: self.bar.close()
-    if not self.rows: return
+    if not self.rows or self.learn.steps == self.logged: return       # no step since the last line
     try: self.write()
     except OSError as e: warnings.warn(f'{self.what} could not be written ({e})')
 
