@@ -58,7 +58,7 @@ class Raise(Callback):
 @pytest.mark.parametrize('order', [0, 90])
 def test_autocast_ends_with_every_training(event, error, order):
     learn = None
-    try: learn = train(BFloat16(), stop := Raise(event, error, order))
+    try: learn = train(BFloat16(), Raise(event, error, order))
     except (RuntimeError, KeyboardInterrupt, CancelBatchException): pass
     assert not torch.is_autocast_enabled('cpu')
     if learn: assert type(learn.model) is Sum and type(learn.loss_func) is MeanLoss

@@ -5,7 +5,6 @@ import pytest, torch
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 import mdm.diffusion.sampler
@@ -17,7 +16,7 @@ from mdm.recipe import load_recipe
 from mdm.text import create_text_encoder
 from mdm.training.callbacks import *
 from mdm.training.learner import mdm_learner
-from mdm.training.optimizers import Muon, optimizer_of
+from mdm.training.optimizers import optimizer_of
 
 cuda, cpu = torch.device('cuda'), torch.device('cpu')
 tiny = '''data.image_size=16 model.channels=[8,16] model.num_groups=8 model.inner.num_groups=8 model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16

@@ -193,7 +193,7 @@ class GradientNorm(Callback):
 
 # %% ../../nbs/3_training/04_callbacks.ipynb #af69d0c1
 class SkipNonFinite(Callback):
-    "Skip steps with an infinite or undefined loss or gradient; `count` of them so far, `in_a_row` since the last good one."
+    "Skip steps with an infinite or undefined loss or gradient; `count` says how many, `in_a_row` since the last good one."
     order, run_valid = callback_order['SkipNonFinite'], False
     def __init__(self,
         patience:int=20, # how many in a row end the training
@@ -248,7 +248,7 @@ class CountSteps(Callback):
 
 # %% ../../nbs/3_training/04_callbacks.ipynb #6ca4499f
 class MovingAverage(Callback):
-    "Keep moving averages of the weights, `averages` by decay, each updated in one fused pass; `model` is the first."
+    "Keep moving averages of the weights, `averages` by decay; `model` is the first."
     order, run_valid = callback_order['MovingAverage'], False
     def __init__(self,
         decay:float=.9999, # decay d

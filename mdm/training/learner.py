@@ -11,7 +11,7 @@ import itertools, math
 from collections.abc import Callable
 from pathlib import Path
 import torch
-from fastai.callback.progress import ProgressCallback
+import fastai.callback.progress                                  # gives a `Learner` its progress bar, and `no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgSmoothLoss, Callback, CancelEpochException, Learner
 from fastai.torch_core import to_device
@@ -21,7 +21,6 @@ from PIL import Image
 from torch import nn
 from ..checkpoint import Checkpoint, load_inner
 from ..data.embeddings import create_encoder_for
-from ..data.loader import create_dls
 from ..diffusion.objective import Diffusion
 from ..models.nested_unet import NestedUNetConfig, create_model
 from ..pipeline import MDMPipeline
@@ -38,7 +37,7 @@ from ..utils.ranks import is_main, rank_and_world
 def build_model(
     recipe:Recipe, # what to build
     cond_dim:int, # width of the text embeddings
-    grow:bool=True, # load the inner networks of `inner_from`; False: not needed, since all weights will come from a checkpoint
+    grow:bool=True, # load the inner networks of `inner_from`; False: all weights will come from a checkpoint
 )->nn.Module: # `UNet` or `NestedUNet`; raises what `load_inner` raises
     "Build a fresh model, with trained inner networks where the recipe names them."
     with torch.random.fork_rng(devices=[]):
@@ -101,7 +100,8 @@ def _do_epoch_train(self:MDMLearner):
     try: super(MDMLearner, self)._do_epoch_train()
     finally:
         losses = self.recorder.losses
-        if len(losses) and losses[-1].device.type != 'cpu': self.recorder.losses = L(*torch.stack(list(losses)).cpu())
+        if len(losses) and losses[-1].device.type != 'cpu':
+            self.recorder.losses = L(*torch.stack(list(losses)).cpu())
 
 # %% ../../nbs/3_training/08_learner.ipynb #75f7f581
 @patch
@@ -114,8 +114,8 @@ def _do_fit(self:MDMLearner):
         batches = self.train_iter
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         if self.train_iter == batches: raise ValueError(
-            f'the training loader gave no batch in a whole epoch, so step {stop:,} cannot be reached (now at step {self.steps:,}): '
-            f'are there at least train.batch_size = {self.recipe.train.batch_size} good pictures in data.files?')
+            f'the training loader gave no batch in a whole epoch, so step {stop:,} cannot be reached '
+            f'(now at step {self.steps:,}): are there at least train.batch_size = {self.recipe.train.batch_size} good pictures in data.files?')
 
 @patch
 def _do_epoch_validate(self:MDMLearner, *args, **kwargs):
@@ -216,7 +216,8 @@ def mdm_learner(
     if recipe.train.compile: model.compile()                     # in place: names of weights stay
     diffusion = Diffusion(recipe.diffusion, model.scales)
     own = training_callbacks(recipe, model, encoder, diffusion)
-    learn = MDMLearner(dls, model, DiffusionLoss(diffusion), opt_func=optimizer_of(recipe), lr=recipe.train.lr, cbs=[*own, *(cbs or [])])
+    learn = MDMLearner(dls, model, DiffusionLoss(diffusion), opt_func=optimizer_of(recipe), lr=recipe.train.lr,
+                       cbs=[*own, *(cbs or [])])
     learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     learn.recipe, learn.encoder, learn.steps = recipe, encoder, 0
     return learn
@@ -292,7 +293,8 @@ def output_callbacks(
     t, out, main = learn.recipe.train, Path(learn.recipe.train.output), is_main()
     cbs = []
     if main:
-        cbs.append(StepLog(out/'log.csv', learn.model.scales, t.log_every, t.steps if bar else None, rank_and_world()[1]))
+        total, processes = t.steps if bar else None, rank_and_world()[1]
+        cbs.append(StepLog(out/'log.csv', learn.model.scales, t.log_every, total, processes))
         cbs += logger_callbacks(learn.recipe)
     if t.preview_prompts and (main or t.fsdp):
         cbs.append(Previews(lambda: learn.pipe, t.preview_prompts, out/'previews', t.preview_every, main))
