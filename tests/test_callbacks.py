@@ -30,7 +30,7 @@ class MeanLoss:
 def train(*cbs, batches=8, epochs=1, bad=(), lr=.1):
     "A small training in batches of 2; those in `bad` hold what is not a number."
     rows = [(torch.full((3,), float('nan') if i//2 in bad else 1.), torch.full((3,), 2.)) for i in range(2*batches)]
-    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2)), Sum(), MeanLoss(), lr=lr, cbs=cbs)
+    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2), device=torch.device('cpu')), Sum(), MeanLoss(), lr=lr, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     return learn
 
@@ -70,7 +70,7 @@ def test_autocast_ends_with_an_error_in_model_or_loss(where):
     rows = [(torch.ones(3), torch.ones(3))]*4
     model, loss = Sum(), MeanLoss()
     if where == 'model': model.forward = fail
-    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2)), model, fail if where == 'loss' else loss, cbs=BFloat16())
+    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2), device=torch.device('cpu')), model, fail if where == 'loss' else loss, cbs=BFloat16())
     with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert seen == [True] and not torch.is_autocast_enabled('cpu') and learn.model is model
 
@@ -83,7 +83,7 @@ def test_autocast_is_on_in_model_and_loss_only():
         def __call__(self, *args): seen.setdefault('loss', set()).add(torch.is_autocast_enabled('cpu')); return super().__call__(*args)
     rows = [(torch.ones(3), torch.ones(3))]*4
     model = Sum(); model.register_forward_pre_hook(lambda *args: seen.setdefault('model', set()).add(torch.is_autocast_enabled('cpu')))
-    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader(rows, bs=2)), model, Loss(), cbs=[BFloat16(), Look()])
+    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader(rows, bs=2), device=torch.device('cpu')), model, Loss(), cbs=[BFloat16(), Look()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     learn.validate()
     assert seen.pop('model') == {True} and seen.pop('loss') == {True} and set().union(*seen.values()) == {False}
@@ -107,7 +107,7 @@ def test_one_wait_per_step(cbs):
         order = 102
         def after_step(self): counts.append(waits.count)
     counts = []
-    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2)), Sum(), MeanLoss(), opt_func=optimizer_of(load_recipe('shapes', ['train.optimizer=adamw'])), cbs=[Accumulate(8), SkipNonFinite(), Count(), *cbs()])
+    learn = Learner(DataLoaders(DataLoader(rows, bs=2), DataLoader([], bs=2), device=torch.device('cpu')), Sum(), MeanLoss(), opt_func=optimizer_of(load_recipe('shapes', ['train.optimizer=adamw'])), cbs=[Accumulate(8), SkipNonFinite(), Count(), *cbs()])
     with learn.no_bar(), learn.no_logging(), Waits() as waits: learn.fit(1)
     assert len(counts) == 6 and [b - a for a, b in zip(counts, counts[1:])] == [1]*5
 
@@ -142,7 +142,7 @@ def test_a_scale_without_samples_has_an_empty_cell(tmp_path):
     class None2(MeanLoss):
         def __call__(self, *args): loss = super().__call__(*args); self.last.per_scale.insert(0, torch.zeros(0)); return loss
     log = StepLog(tmp_path/'log.csv', [2, 1], every=2)
-    learn = Learner(DataLoaders(DataLoader([(torch.ones(3), torch.ones(3))]*8, bs=2), DataLoader([], bs=2)), Sum(), None2(), cbs=[log, CountSteps()])
+    learn = Learner(DataLoaders(DataLoader([(torch.ones(3), torch.ones(3))]*8, bs=2), DataLoader([], bs=2), device=torch.device('cpu')), Sum(), None2(), cbs=[log, CountSteps()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     rows = list(csv.DictReader(open(tmp_path/'log.csv')))
     assert len(rows) == 2 and all(r['loss_2x'] == '' and float(r['loss_1x']) > 0 and 'nan' not in r.values() and None not in r.values() for r in rows)

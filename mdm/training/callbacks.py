@@ -193,7 +193,7 @@ class GradientNorm(Callback):
 
 # %% ../../nbs/3_training/04_callbacks.ipynb #af69d0c1
 class SkipNonFinite(Callback):
-    "Skip steps with an infinite or undefined loss or gradient; `count` says how many, `in_a_row` since the last good one."
+    "Skip steps with an infinite or undefined loss or gradient; `count` of them so far, `in_a_row` now."
     order, run_valid = callback_order['SkipNonFinite'], False
     def __init__(self,
         patience:int=20, # how many in a row end the training

@@ -115,7 +115,8 @@ def _do_fit(self:MDMLearner):
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         if self.train_iter == batches: raise ValueError(
             f'the training loader gave no batch in a whole epoch, so step {stop:,} cannot be reached '
-            f'(now at step {self.steps:,}): are there at least train.batch_size = {self.recipe.train.batch_size} good pictures in data.files?')
+            f'(now at step {self.steps:,}): are there at least train.batch_size = {self.recipe.train.batch_size} '
+            'good pictures in data.files?')
 
 @patch
 def _do_epoch_validate(self:MDMLearner, *args, **kwargs):
