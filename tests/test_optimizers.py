@@ -1,4 +1,4 @@
-"Every optimizer by name: it learns, and its state survives a trip to disk."
+"Every optimizer by name: it learns, its state survives a trip to disk, and no parameter depends on the history of another."
 import math
 from typing import get_args, get_type_hints
 import pytest, torch
@@ -7,7 +7,7 @@ from mdm.training.distributed import full_optimizer_state, load_optimizer_state
 from mdm.training.optimizers import Muon, lr_factor, optimizer_of, orthogonalize
 from mdm.recipe import TrainConfig, load_recipe
 
-names = get_args(get_type_hints(TrainConfig)['optimizer'])
+names = ['adamw', 'adam', 'muon']
 
 def make(name, model, *more):
     return optimizer_of(load_recipe('shapes', [f'train.optimizer={name}', 'train.betas=[0.9,0.99]', 'train.weight_decay=0.01', *more]))([[*model.parameters()]], lr=3e-3)
@@ -45,9 +45,45 @@ def test_its_settings_come_from_the_recipe(name):
     model = network(); opt = make(name, model)
     h = opt.hypers[0]
     assert h['lr'] == 3e-3 and h['wd'] == .01 and h['mom'] == .9
-    assert h.get('sqr_mom', .99) == .99 and ('sqr_mom' in h) == (name not in ('sgd', 'larc'))
+    assert h['sqr_mom'] == .99
     opt.set_hyper('lr', .5)
     assert opt.hypers[0]['lr'] == .5
+
+def test_other_names_are_refused():
+    recipe = load_recipe('shapes')
+    recipe.train.optimizer = 'lamb'
+    with pytest.raises(ValueError, match="train.optimizer: found 'lamb', expected one of adamw, adam, muon"): optimizer_of(recipe)
+
+@pytest.mark.parametrize('betas', [(.95, .99), (.9, .999)])
+@pytest.mark.parametrize('first', ['inner', 'outer'])
+def test_a_thaw_does_not_change_the_steps_of_others(betas, first):
+    "An inner network without gradients for 200 steps: at the thaw, and after it, the steps of all vectors are those of AdamW."
+    torch.manual_seed(0)
+    make = lambda: {k: nn.Parameter(torch.ones(8)) for k in (('inner', 'outer') if first == 'inner' else ('outer', 'inner'))}
+    ours, theirs = make(), make()
+    a, b = (kind([*ps.values()], lr=1e-3, betas=betas, weight_decay=.1) for kind, ps in ((Muon, ours), (torch.optim.AdamW, theirs)))
+    for i in range(206):
+        grads = {k: torch.randn(8) for k in ours}
+        before = ours['outer'].detach().clone(), theirs['outer'].detach().clone()
+        for ps in (ours, theirs):
+            for k, p in ps.items(): p.grad = grads[k] if k == 'outer' or i >= 200 else None
+        a.step(); b.step()
+        if i >= 198: assert torch.allclose(ours['outer'].detach() - before[0], theirs['outer'].detach() - before[1], rtol=1e-3, atol=1e-7), i
+    assert all(torch.allclose(p, theirs[k], atol=1e-6) for k, p in ours.items())
+
+def test_each_parameter_moves_as_if_alone():
+    "Whatever others do: parameters that join at different steps, matrices and vectors, in one optimizer or in one each."
+    torch.manual_seed(0)
+    shapes, joins = [(6,), (20, 16), (6,), (3, 16), (20, 16)], [0, 3, 5, 9, 7]
+    together, alone = ([nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    one, many = Muon(together, weight_decay=.1), [Muon([p], weight_decay=.1) for p in alone]
+    for i in range(14):
+        for p, q, s, join in zip(together, alone, shapes, joins):
+            p.grad = torch.randn(s) if i >= join and i % 4 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        one.step()
+        for o in many: o.step()
+    assert all(torch.allclose(p, q, atol=2e-4) for p, q in zip(together, alone))
 
 def test_orthogonalize_takes_tall_wide_and_single_matrices():
     g = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
