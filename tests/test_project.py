@@ -150,6 +150,12 @@ def test_index_lists_every_notebook():
         return f'| [{nb.name[:2]} {title}]({name(nb)}) | `{exported(nb)}` | {about} |'
     report([row(o) for o in notebooks if name(o) != 'index.ipynb' and row(o) not in index], 'nbs/index.ipynb has this row')
 
+def test_tutorials_open_in_colab():
+    for nb in (o for o in notebooks if name(o).startswith('tutorials/')):
+        first = '\n'.join(text(c['source']) for c in cells(nb)[:5])
+        where = settings['git_url'].removeprefix('https://github.com/')
+        assert f"colab.research.google.com/github/{where}/blob/{settings['branch']}/nbs/{name(nb)}" in first and f"install -q git+{settings['git_url']}'" in first, name(nb)
+
 # ---- how notebooks and modules read
 
 def export_cells(nb): return [c for c in cells(nb) if c['cell_type'] == 'code' and re.match(r'\s*#\|\s*exporti?\b', text(c['source']))]

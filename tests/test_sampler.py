@@ -187,7 +187,7 @@ small = torch.zeros(1, 3, 8, 8)
     (dict(seeds=[1, 2], noise=[torch.zeros(3, 3, 16, 16), torch.zeros(3, 3, 8, 8)]), '2 seeds, 3 first noises'),
     (dict(given=Given([small])), 'Given.pictures: found 1 resolutions, expected 2'), (dict(given=Given([small, small])), r'Given.pictures: found shape \[1, 3, 8, 8\], expected \[1 or 1, 3, 16, 16\]'),
     (dict(given=Given([None, small], [torch.zeros(1, 1, 8, 8, dtype=bool)]*2)), 'Given.free'), (dict(given=Given([None, small.expand(3, -1, -1, -1)]), seeds=[1, 2]), 'Given.pictures'),
-    (dict(config=SampleConfig(steps=0)), 'choose 1 to 1000')], ids=str)
+    (dict(config=SampleConfig(steps=0)), 'choose 1 to 1000')], ids=lambda o: '+'.join(o) if isinstance(o, dict) else '')
 def test_arguments_that_do_not_fit(nets, change, said):
     "Words, and no call of the network: these were errors of shapes somewhere inside, or other sizes than were wanted."
     calls = []
