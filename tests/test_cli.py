@@ -191,7 +191,7 @@ def test_divergence(monkeypatch, data, tmp_path, refused):
     (['shapes', 'data.image_size=33'], 'data.image_size: found 33'),
     (['shapes'], 'data.files is empty'),
     (['shapes', '--data', 'nowhere/*.tar'], "no file matches 'nowhere/*.tar'"),
-    (['shapes', '--data', 'notes.txt'], 'neither a tar'),
+    (['shapes', '--data', 'notes.txt'], 'the name of a shard ends in .tar'),
     (['shapes', '--data', 'notes.tar'], 'usable pictures'),
     (['shapes', '--data', 'empty.tar'], 'hold no samples'),
     (['shapes', '--minutes', '-1'], '--minutes: found -1'),

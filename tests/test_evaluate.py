@@ -85,7 +85,7 @@ def test_captions_of_every_kind(tmp_path):
     (tmp_path/'a.jsonl').write_text('\n{"caption": "a"}\n\n{"caption": " b "}'); assert read_captions(tmp_path/'a.jsonl') == ['a', 'b']
 
 @pytest.mark.parametrize('name, content, said', [
-    ('a.txt', b'\n \n', 'holds none'), ('a.txt', b'\xff\xfe\x00', 'not UTF-8'), ('a.csv', b'text\na\n', 'columns text, but none that is called caption'),
+    ('a.txt', b'\n \n', 'holds none'), ('a.txt', b'\xff\xfe\x00', 'not UTF-8'), ('a.csv', b'text\na\n', 'line 2: it has text, but none that is called caption'),
     ('a.jsonl', b'{"caption": "a"}\n{"caption": 3}\n', 'line 2'), ('a.jsonl', b'["a"]', 'line 1'), ('a.jsonl', b'{"caption": "a"', 'line 1'), ('a.csv', b'caption\n', 'holds none')])
 def test_captions_that_are_none(tmp_path, name, content, said):
     (tmp_path/name).write_bytes(content)
@@ -494,7 +494,7 @@ def test_command(call, checkpoint, shards, net, clip, tmp_path):
     run = [checkpoint, '--data', *shards, '--batch-size', 25, '--loss-pictures', 5, '--levels', 2]
     code, out, err = call(*run, '--output', tmp_path/'a', '--fid', net, '--clip', clip, '--name', 'first')
     assert code == 0 and 'first: 25 captions' in out and 'of 25 drawn, 25 real' in out and str(tmp_path/'a'/'gallery.html') in out
-    assert '2 steps of ddim, guidance 2' in err and 'mdm_evaluate: warning: FID of 25 drawn' in err
+    assert '2 steps of unipc, guidance 2' in err and 'mdm_evaluate: warning: FID of 25 drawn' in err
     assert call(*run, '--output', tmp_path/'b', '--solver', 'unipc', '--steps', 3, '--limit', 20)[0] == 0
     assert read_results(tmp_path/'b')[1]['settings']['solver'] == 'unipc' and len(drawn(tmp_path/'b')) == 20
     code, out, _ = call('--compare', tmp_path/'a', tmp_path/'b', '--output', tmp_path/'c')

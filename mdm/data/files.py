@@ -457,9 +457,10 @@ def _objects(f):
     "(line number, row) of a file of JSON objects."
     for n, line in enumerate(f, 1):
         if not line.strip(): continue
-        row = json.loads(line)
+        try: row = json.loads(line)
+        except ValueError: row = None
         if not isinstance(row, dict):
-            raise ValueError(f'expected an object such as {{"caption": "a cat"}}, found {line.strip()[:60]!r}')
+            raise ValueError(f'line {n}: expected an object such as {{"caption": "a cat"}}, found {line.strip()[:60]!r}')
         yield n, row
 
 def _dicts(f, kind, names, quotes):
@@ -512,8 +513,8 @@ def read_table(
             except UnicodeDecodeError as e:
                 raise ValueError(f'{redact(path)} is not UTF-8 text ({e.reason}); save it as UTF-8') from e
             except (ValueError, csv.Error, gzip.BadGzipFile, EOFError) as e:
-                what = f'damaged, or not a table of this kind (.{kind})'
-                raise ValueError(f'{redact(path)}, after line {n}: {what}: {e}') from e
+                damaged = f'after line {n}: damaged, or not a table of this kind (.{kind}): '
+                raise ValueError(f"{redact(path)}, {'' if kind == 'jsonl' else damaged}{e}") from e
             yield n, row if keep is None else {k: row[k] for k in keep if k in row}
 
 # %% ../../nbs/2_data/02_files.ipynb #13eccf01
