@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from .command import *
-from .train import run_training
+from ..training.run import run_training
 
 # %% ../../nbs/5_edges/07_sample.ipynb #ae5f5db1
 def save_png(
