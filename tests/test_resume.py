@@ -124,9 +124,13 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
     assert_same(adamw_run, out)
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_what_is_loaded_goes_to_the_gpu(data, tmp_path, optimizer):
+def test_what_is_loaded_goes_to_the_gpu(data, tmp_path, monkeypatch, optimizer):
     "Rehearsed with fake tensors, which raise as CUDA does when a tensor of the CPU meets one of the GPU: the restored state takes the next step, and the next line of the log."
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    def read_file(*args, **kwargs):                                        # safetensors reads true tensors of the CPU
+        with unset_fake_temporarily(): return load_file(*args, **kwargs)
+    monkeypatch.setattr('mdm.checkpoint.load_file', read_file)
+    monkeypatch.setattr('mdm.training.resume.set_random_state', lambda learn, state: None)     # its numbers stay on the CPU
     from mdm.data.loader import create_dls
     from mdm.training.learner import mdm_learner
     from mdm.training.callbacks import StepLog
