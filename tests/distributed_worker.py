@@ -7,10 +7,12 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Callback, Learner
 from mdm.training.callbacks import DiffusionLoss, MovingAverage, SkipNonFinite
 from mdm.diffusion.objective import Diffusion
-from mdm.utils.ranks import rank_and_world
+from mdm.utils.ranks import is_main, rank_and_world
 from mdm.training.distributed import *
 from mdm.models.nested_unet import create_model
 from mdm.training.optimizers import optimizer_of
+from mdm.training.resume import Stop
+from mdm.training.sharded import full_model_state, full_optimizer_state, load_model_state, load_optimizer_state, shard_model
 from mdm.recipe import load_recipe
 
 tiny = ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,16]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.inner.num_heads=2',
@@ -52,7 +54,7 @@ class Watch(Callback):
         if self.training: self.seen['losses'].append(float(self.learn.loss))
 
 class Thaw(Callback):
-    "The inner doll joins in from the third batch on."
+    "The inner network is trained from the third batch on."
     order = 2
     def before_batch(self): self.learn.model.inner_unet.requires_grad_(self.learn.train_iter >= 2)
 
@@ -76,10 +78,10 @@ def train(case, world=1):
     with learn.no_bar(), learn.no_logging():
         if c['resume']:
             state = torch.load(c['resume'], weights_only=True)
-            load_model_state(learn.model, state['model']); learn.create_opt(); load_optimizer_state(learn.model, learn.opt, state['opt'])
+            load_model_state(learn.model, state['model']); learn.create_opt(); load_optimizer_state(learn.opt, state['opt'])
         learn.fit(1)
     return dict(learn.seen, model=full_model_state(learn.model), average=full_model_state(average.model), opt=full_optimizer_state(learn.model, learn.opt), valid=learn.recorder.values[-1][1],
-                unused=getattr(learn.distributed_trainer, 'unused', None), plain=type(unwrapped(learn.model)).__name__)
+                unused=getattr(learn.distributed_trainer, 'unused', None), plain=type(learn.model).__name__)
 
 servers = multiprocessing.get_context('forkserver')
 
@@ -148,6 +150,43 @@ def different_weights(rank, world):
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
     except ValueError as e: assert 'the sum of weight is' in str(e)
     else: raise AssertionError('not noticed')
+
+class Wish(Callback):
+    "In process 1, a signal comes in the third batch."
+    order = 50
+    def after_batch(self):
+        if self.training and self.iter == 2 and rank_and_world()[0] == 1: self.learn.stop.reason = 'SIGTERM'
+
+def one_vote_per_batch(rank, world):
+    "Whether there is another batch, and whether to stop, are one message; and all stop after the same batch, for the same reason."
+    votes, real = [], torch.distributed.all_reduce
+    def counted(x, *args, **kwargs):
+        if x.dtype == torch.int64: votes.append(len(x))
+        return real(x, *args, **kwargs)
+    torch.distributed.all_reduce = counted
+    data = [(torch.randn(2, 3), torch.randn(2, 1)) for _ in range(8)]
+    for wish, seen in (([], 8), ([Wish()], 4)):
+        torch.manual_seed(0); votes.clear()
+        learn = Learner(DataLoaders(data, []), torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, cbs=[DistributedTrainer(), Stop(), *wish])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert learn.train_iter == seen and learn.stop.reason == ('SIGTERM' if wish else None)
+        assert votes == [2]*(seen + (not wish)), votes                 # and the end of the epoch
+
+def frozen_weights_in_slices(rank, world):
+    "A weight that never took a step has no state, and none is made up when the state is divided."
+    torch.manual_seed(0)
+    model = create_model(load_recipe('shapes', tiny).model, 16)
+    make = lambda: optimizer_of(load_recipe('shapes', tiny))([*model.parameters()], lr=1e-3)
+    for k, p in model.named_parameters():
+        if not k.startswith('inner_unet'): p.grad = torch.ones_like(p)
+    opt = make(); opt.step()
+    state = opt.state_dict()
+    shard_model(model)
+    opt = make(); load_optimizer_state(opt, state)
+    full = full_optimizer_state(model, opt)
+    if not is_main(): return
+    assert full['state'] and not [k for k in full['state'] if k.startswith('inner_unet')]
+    assert all(o['step'] == 1 for o in full['state'].values())
 
 def mdm_train_here(argv):
     from mdm.cli.train import mdm_train

@@ -214,7 +214,7 @@ def test_tables_of_every_kind(tmp_path, kind):
 
 
 @pytest.mark.parametrize('name,data,want', [
-    ('t.csv', b'a,b\n1,' + b'x' * 200_000, 't.csv, after line 0'), ('t.jsonl', b'{"a": 1}\n[1]\n', 't.jsonl, after line 1'), ('t.jsonl', b'{"a": 1}\n\n{"a"', 't.jsonl, after line 1'),
+    ('t.csv', b'a,b\n1,' + b'x' * 200_000, 't.csv, after line 0'), ('t.jsonl', b'{"a": 1}\n[1]\n', 't.jsonl, line 2'), ('t.jsonl', b'{"a": 1}\n\n{"a"', 't.jsonl, line 3'),
     ('t.csv.gz', b'no gzip', 't.csv.gz, after line 0'), ('t.csv.gz', gzip.compress(b'a\n' + os.urandom(9000).hex().encode())[:-30], 't.csv.gz, after line 0'),
     ('t.parquet', b'no parquet', 'not a parquet file'), ('t.xls', b'', 'is no table')])
 def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, want):
@@ -224,7 +224,7 @@ def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, want):
 
 @pytest.mark.parametrize('name,text,want', [
     ('c.txt', '\n \n', 'holds none'), ('c.csv', 'a,b\n1,2\n', 'it has a, b, but none that is called caption'), ('c.jsonl', '{"caption": "x"}\n{"caption": 3}\n', 'line 2'),
-    ('c.jsonl', '{"caption": "x"}\n{"text": "y"}\n', 'line 2'), ('c.jsonl', 'x', 'after line 0'), ('c.txt', b'caf\xe9', 'not UTF-8')])
+    ('c.jsonl', '{"caption": "x"}\n{"text": "y"}\n', 'line 2'), ('c.jsonl', 'x', 'line 1'), ('c.txt', b'caf\xe9', 'not UTF-8')])
 def test_captions_that_cannot_be_read_are_named(tmp_path, name, text, want):
     (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
     message = fails(ValueError, read_captions, tmp_path/name)

@@ -3,7 +3,7 @@ import math
 from typing import get_args, get_type_hints
 import pytest, torch
 from torch import nn
-from mdm.training.distributed import full_optimizer_state, load_optimizer_state
+from mdm.training.sharded import full_optimizer_state, load_optimizer_state
 from mdm.training.optimizers import Muon, lr_factor, optimizer_of, orthogonalize
 from mdm.recipe import TrainConfig, load_recipe
 

@@ -8,7 +8,7 @@ from mdm.checkpoint import load_checkpoint, load_model
 from mdm.cli.train import mdm_train
 from mdm.data.shapes import write_shapes
 from mdm.recipe import load_recipe
-from mdm.training.resume import cut_log, differences, newest_checkpoint, pack, unpack
+from mdm.training.resume import truncate_log, differences, newest_checkpoint, pack, unpack
 
 tiny = '''data.image_size=16 model.channels=[8,16] model.num_groups=8 model.inner.num_groups=8 model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16
     model.inner.time_dim=16 text.dim=16 train.batch_size=2 train.warmup_steps=2 train.preview_prompts=[] data.workers=0 data.shuffle=8 sample.steps=1'''.split()
@@ -122,6 +122,35 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
     assert steps(out)[-1] == 'step_00000002'                 # one step each
     assert train_child.finish(train_child.start(command(adamw, out, data, '--minutes', 60), said)) == 0
     assert_same(adamw_run, out)
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_what_is_loaded_goes_to_the_device(data, tmp_path, optimizer):
+    "Rehearsed with the device 'meta' for a GPU, whose tensors do not mix with those of the CPU either: the restored state takes the next step, and the next line of the log."
+    from functools import partial
+    from fastai.optimizer import OptimWrapper
+    from mdm.data.loader import create_dls
+    from mdm.training.callbacks import StepLog
+    from mdm.training.learner import mdm_learner
+    from mdm.training.resume import load_training
+    recipe = load_recipe('shapes', [*adamw, f'train.optimizer={optimizer}', 'train.ema_decays=[0.5]', f'train.output={tmp_path/"run"}'])
+    recipe.data.files = data
+    def make():
+        learn = mdm_learner(create_dls(recipe.data, 2, seed=0), recipe, [StepLog(tmp_path/'log.csv', [2, 1], 4)])
+        if optimizer == 'adamw': learn.opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)      # the fused one refuses 'meta'
+        return learn
+    learn = make()
+    with learn.no_bar(), learn.no_logging(): learn.fit_steps(3)            # between two lines of the log
+    checkpoint = load_checkpoint(learn.save_checkpoint(tmp_path/'three'))
+    learn = make()
+    learn.dls.to(torch.device('meta'))
+    load_training(learn, checkpoint)
+    rows = learn.step_log.rows
+    torch.stack([*rows, torch.zeros_like(rows[0], device='meta')])        # as the next line of the log does
+    for p in learn.model.parameters(): p.grad = torch.ones_like(p)
+    learn.moving_average.after_step()
+    averages = [v for o in learn.opt.opt.state.values() for v in o.values() if isinstance(v, torch.Tensor) and v.ndim]
+    restored = [*rows, *averages, *learn.model.parameters(), *(p for a in learn.moving_average.averages.values() for p in a.module.parameters())]
+    assert len(rows) == 3 and averages and {o.device.type for o in restored} == {'meta'}
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
@@ -243,10 +272,10 @@ def test_killed_before_the_first_save(data, tmp_path, capsys):
 
 def test_another_training_in_between(data, tmp_path, monkeypatch):
     "Nobody was there when this one looked, and somebody is when it wants to write."
-    import mdm.data.loader
-    out, real = tmp_path/'run', mdm.data.loader.create_dls
+    from mdm.training import run
+    out, real = tmp_path/'run', run.create_dls
     def slow(*args, **kwargs): (out/'step_00000004').mkdir(parents=True); return real(*args, **kwargs)
-    monkeypatch.setattr(mdm.data.loader, 'create_dls', slow)
+    monkeypatch.setattr(run, 'create_dls', slow)
     assert mdm_train(list(map(str, command(adamw, out, data)))) == 2 and (out/'step_00000004').is_dir()
 
 def test_what_is_not_ours_is_left_alone(data, tmp_path, capsys):
@@ -275,12 +304,12 @@ def test_differences():
     assert [o.split(':')[0] for o in found] == ['model.channels', 'data.image_size', 'train.betas', 'train.ema_decays', 'train.seed'] or len(found) == 5
     assert differences(a, load_recipe('cc12m_64x64'))
 
-def test_cut_log(tmp_path):
+def test_truncate_log(tmp_path):
     path = tmp_path/'log.csv'
-    cut_log(path, 5); assert not path.exists()
+    truncate_log(path, 5); assert not path.exists()
     for text, left in [('step,a\n1,2\n2,3\n', 'step,a\n1,2\n'), ('step,a\n1,2\n3,', 'step,a\n1,2\n'), ('step,a\n', 'step,a\n'), ('step,a\n1,2\n1', 'step,a\n1,2\n'), ('step,a\nx\n\n1,2\n', 'step,a\n1,2\n')]:
-        path.write_text(text); cut_log(path, 1); assert path.read_text() == left
-    path.write_text('st'); cut_log(path, 1); assert not path.exists()
+        path.write_text(text); truncate_log(path, 1); assert path.read_text() == left
+    path.write_text('st'); truncate_log(path, 1); assert not path.exists()
 
 def test_pack():
     nest = {0: {'a': torch.ones(2), 'n': None}, 'l': [1, (2., True, torch.zeros(()))], 's': 'x', 'e': {}, 'deep': [[], [{}]]}

@@ -229,7 +229,7 @@ def test_metadata_csv_in_folders(tmp_path, header):
     assert {k: s['txt'].decode() for k,s in by_file(tmp_path/'out').items()} == {'x/Zoë.jpg':'a, "b"', 'x/y/b.jpg':'ü'}
     assert [o[:2] for o in report(tmp_path/'out')] == [['x/c.jpg', BAD_CAPTION]]
 
-@pytest.mark.parametrize('name, text, what', [('metadata.jsonl', '{"file_name":"a.jpg","text":"A"}\n{', 'after line 1'), ('metadata.jsonl', '[1]', 'expected an object'), ('metadata.jsonl', '{"file_name":"a.jpg"}', 'no column for the caption'),
+@pytest.mark.parametrize('name, text, what', [('metadata.jsonl', '{"file_name":"a.jpg","text":"A"}\n{', 'line 2'), ('metadata.jsonl', '[1]', 'expected an object'), ('metadata.jsonl', '{"file_name":"a.jpg"}', 'no column for the caption'),
     ('metadata.csv', 'a,b\n1,2\n', 'no column for the file')])
 def test_tables_that_are_none(tmp_path, name, text, what):
     put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG'))

@@ -1,16 +1,18 @@
 "What the options of a training promise: equal results where they must be equal, and sums, averages and stages that add up."
 import csv, json, os, re, shutil, warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import pytest, torch
 from fastai.learner import Callback
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs
 from torch import nn
 from torch.optim import SGD
 from mdm.training.callbacks import *
-from mdm.checkpoint import load_checkpoint, load_model, save_checkpoint
-from mdm.reference.checkpoints import save_released
-from mdm.cli.train import dry_run, encoder_width, mdm_train, stage_recipes
+from mdm.checkpoint import load_checkpoint, load_model, save_checkpoint, save_released
+from mdm.training.run import dry_run, encoder_width, stage_recipes
+from mdm.cli.train import mdm_train
 from mdm.data.loader import create_dls
 from mdm.data.shapes import write_shapes
 from mdm.training.learner import build_model, mdm_learner, output_callbacks
@@ -33,6 +35,11 @@ def make(data, tmp_path):
         torch.manual_seed(0)
         return mdm_learner(create_dls(recipe.data, recipe.train.batch_size, seed=0), recipe, cbs, **kwargs)
     return f
+
+def plain_sgd(learn):
+    "Use SGD, whose steps are in proportion to the gradients; Adam's first steps make much of small differences."
+    learn.opt_func = partial(OptimWrapper, opt=SGD)
+    return learn
 
 def fit(learn, n, *cbs):
     torch.manual_seed(1)
@@ -170,35 +177,35 @@ def test_several_averages(make, tmp_path):
 
 @pytest.mark.parametrize('option, eps', [('train.activation_checkpointing=true', 0.), ('train.fsdp=true', 0.)])   # fsdp: one process has nothing to spread; for two see test_distributed.py
 def test_options_change_nothing(make, option, eps):
-    a, b = fit(make('train.optimizer=sgd'), 3), fit(make('train.optimizer=sgd', option), 3)
+    a, b = fit(plain_sgd(make()), 3), fit(plain_sgd(make(option)), 3)
     assert b.model.activation_checkpointing == ('activation' in option)
     assert close(weights(b), weights(a), eps)
 
 def test_compile(make, tmp_path, monkeypatch):
     "Equal results and the same checkpoint; the graph is captured and differentiated, without the minutes that generating code takes on a CPU (backend aot_eager)."
     monkeypatch.setattr(nn.Module, 'compile', lambda self, real=nn.Module.compile: real(self, backend='aot_eager'))
-    a, b = fit(make('train.optimizer=sgd'), 2), fit(make('train.optimizer=sgd', 'train.compile=true'), 2)
+    a, b = fit(plain_sgd(make()), 2), fit(plain_sgd(make('train.compile=true')), 2)
     assert b.model._compiled_call_impl is not None and a.model._compiled_call_impl is None
     assert close(weights(b), weights(a), 1e-4)
     folder = b.save_checkpoint(tmp_path/'ckpt')
     assert load_checkpoint(folder).weights(raw=True).keys() == weights(a).keys()
-    again = make('train.optimizer=sgd', 'train.compile=true'); again.resume(load_checkpoint(folder))
+    again = plain_sgd(make('train.compile=true'))
+    again.resume(load_checkpoint(folder))
     assert same(weights(again), weights(b))
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU, and there is no g++ here')
 def test_compile_as_users_do(make):
     "The default backend, which writes and compiles C++: the smallest nested network, since each of its kernels takes seconds."
-    least = [f'model.{p}{k}' for p, n in (('', 2), ('inner.', 1)) for k in (f'channels={[8]*n}', f'num_resnets={[1]*n}', f'num_attention_layers={[0]*n}')] + ['train.optimizer=sgd', 'train.lr=0.1']
-    start, a, b = weights(make(*least)), *(weights(fit(make(*least, *more), 1)) for more in ((), ('train.compile=true',)))
+    least = [f'model.{p}{k}' for p, n in (('', 2), ('inner.', 1)) for k in (f'channels={[8]*n}', f'num_resnets={[1]*n}', f'num_attention_layers={[0]*n}')] + ['train.lr=0.1']
+    start, a, b = weights(make(*least)), *(weights(fit(plain_sgd(make(*least, *more)), 1)) for more in ((), ('train.compile=true',)))
     farthest = lambda x, y: max((x[k] - y[k]).abs().max().item() for k in x)
     assert farthest(b, a) < 1e-5*farthest(a, start)
 
 # ---- every optimizer goes on exactly
 
-@pytest.mark.parametrize('name', 'adamw adam muon sgd rmsprop radam qhadam larc lamb ranger'.split())
+@pytest.mark.parametrize('name', 'adamw adam muon'.split())
 @pytest.mark.parametrize('layout', ['false', 'true'])
 def test_optimizers_go_on(make, name, layout, tmp_path):
-    if layout == 'true' and name not in ('adamw', 'muon', 'lamb'): return                  # one of each kind is enough
     options = (f'train.optimizer={name}', f'train.channels_last={layout}', 'train.betas=[0.9,0.99]', 'train.weight_decay=0.01', 'train.lr=1e-3')
     a = fit(make(*options), 7)
     folder, noise = a.save_checkpoint(tmp_path/'ckpt'), torch.get_rng_state()
@@ -313,6 +320,12 @@ def test_encoder_width(tmp_path):
     (tmp_path/'config.json').write_text(json.dumps(dict(model_type='t5', d_model=40)))
     assert encoder_width(TextConfig(encoder=str(tmp_path))) == 40
     with pytest.raises(ValueError, match="'no/such' cannot be known"): encoder_width(TextConfig(encoder='no/such'))
+
+def test_a_dry_run_without_a_step(monkeypatch):
+    "An epoch without batches measures nothing, and says so."
+    from mdm.training import run
+    monkeypatch.setattr(run.MDMLearner, 'fit_steps', lambda self, n: None)
+    with pytest.raises(ValueError, match='no step was done'): dry_run(load_recipe('shapes', small), 1)
 
 # ---- where the log goes
 

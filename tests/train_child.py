@@ -1,5 +1,5 @@
 "What tests that kill a training run in processes of their own: modules are imported once, by a fork server, and every training is a fork of it."
-import multiprocessing, os, resource, signal, sys
+import importlib, multiprocessing, os, resource, signal, sys
 
 servers = multiprocessing.get_context('forkserver')
 
@@ -24,7 +24,7 @@ def train(argv, log, die_at=None, full_at=None, slow_after=None, nap=1, die_savi
     os.dup2(out, 1); os.dup2(out, 2)
     if die_at is not None: count_down(die_at)
     if full_at is not None: fill_disk(full_at)
-    if die_saving: setattr(__import__('mdm.training.resume').resume, 'save_checkpoint', lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+    if die_saving: importlib.import_module('mdm.training.resume').save_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     if slow_after is not None: slow_down(slow_after, nap)
     if slow_valid is not None: slow_down(0, slow_valid, validation=True)
     from mdm.cli.train import mdm_train
