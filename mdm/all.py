@@ -10,7 +10,8 @@ from .diffusion.schedule import add_noise, from_x0, make_gammas, shift_gammas, t
 from .models.unet import UNet, UNetConfig
 from .models.nested_unet import NestedUNet, NestedUNetConfig, create_model, model_scales
 from .diffusion.objective import Diffusion, DiffusionConfig
-from .diffusion.sampler import SampleConfig, sample, sample_steps
+from .diffusion.settings import SampleConfig
+from .diffusion.sampler import sample, sample_steps
 from .text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder
 from .utils.pictures import contact_sheet, from_pil, pixels_to_signal, signal_to_pixels, to_pil
 

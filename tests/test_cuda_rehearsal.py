@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import mdm.diffusion.sampler
 from mdm.checkpoint import Checkpoint, load_checkpoint
 from mdm.diffusion.objective import Diffusion
-from mdm.diffusion.sampler import SampleConfig, for_img2img, for_inpaint, for_upscale, sample_steps
+from mdm.diffusion.settings import SampleConfig
+from mdm.diffusion.sampler import for_img2img, for_inpaint, for_upscale, sample_steps
 from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe
 from mdm.text import create_text_encoder

@@ -36,7 +36,7 @@ def test_its_state_survives_a_trip_to_disk_to_the_last_bit(name, tmp_path):
     torch.save((model.state_dict(), full_optimizer_state(model, opt)), tmp_path/'state')
     weights, state = torch.load(tmp_path/'state', weights_only=True)         # plain tensors, numbers, lists and dictionaries
     again = network(); again.load_state_dict(weights); opt2 = make(name, again)
-    load_optimizer_state(again, opt2, state)
+    load_optimizer_state(opt2, state)
     assert steps(model, opt, 8, 8) == steps(again, opt2, 8, 8)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 

@@ -10,7 +10,8 @@ from fastai.torch_core import find_bs
 from torch import nn
 from torch.optim import SGD
 from mdm.training.callbacks import *
-from mdm.checkpoint import load_checkpoint, load_model, save_checkpoint, save_released
+from mdm.checkpoint import load_checkpoint, load_model, save_checkpoint
+from mdm.reference.checkpoints import save_released
 from mdm.training.run import dry_run, encoder_width, stage_recipes
 from mdm.cli.train import mdm_train
 from mdm.data.loader import create_dls

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from .command import at_least, make_parser, run_command
 from .sample import make_sheet, sample_with_bar, save_png
-from .train import run_training
 
 # %% ../../nbs/5_edges/09_demo.ipynb #892e3723
 def clean_demo(
@@ -78,6 +77,7 @@ def _demo_command(
 ):
     "Draw, train, sample, judge, and print where everything is."
     from mdm.data.shapes import write_shapes
+    from mdm.training.run import run_training
     from mdm.utils.files import only_writer
     out, recipe = Path(args.output), demo_recipe(args)
     t = recipe.train

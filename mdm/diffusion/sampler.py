@@ -9,18 +9,15 @@ __all__ = ['push', 'guide', 'PictureNoise', 'scale_sizes', 'Given', 'for_upscale
 # %% ../../nbs/1_model/08_sampler.ipynb #f0172855
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from pydantic import Field
 from torch import Tensor
 from .objective import Diffusion, pyramid
 from .schedule import add_noise, to_x0
-from .settings import Solver, Spacing, Threshold
-from .solvers import advance, choose_steps, threshold
-from ..utils.configs import config_class
 from .settings import SampleConfig
+from .solvers import advance, choose_steps, threshold
+
 
 # %% ../../nbs/1_model/08_sampler.ipynb #0eb08ac8
 def push(

@@ -8,7 +8,7 @@ __all__ = ['half_logsnr', 'choose_steps', 'timesteps', 'threshold', 'ddpm_step',
 
 # %% ../../nbs/1_model/07_solvers.ipynb #f1a759d2
 from math import expm1, inf, log, log1p, sqrt
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor

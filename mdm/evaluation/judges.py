@@ -8,7 +8,7 @@ __all__ = ['INCEPTION', 'score', 'stated_shape', 'judge_shapes', 'accuracy_score
            'clip_scores']
 
 # %% ../../nbs/4_use/01_judges.ipynb #4bffcb7f
-import json, os, zipfile
+import os, zipfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import import_module
