@@ -71,7 +71,8 @@ def _takes_fields(cls):
     def decorate(f):
         shown = [p for p in inspect.signature(f).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
         hints = get_type_hints(cls)                          # without the bounds
-        shown += [Parameter(o.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[o.name]) for o in fields(cls)]
+        shown += [Parameter(o.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[o.name])
+            for o in fields(cls)]
         f.__signature__ = inspect.signature(f).replace(parameters=shown)
         return f
     return decorate
@@ -146,7 +147,8 @@ def __call__(self:MDMPipeline,
 )->list: # PIL pictures, only finished batches when it was stopped; raises `ConfigError` or ValueError for impossible values
     "Make pictures of a prompt."
     for name, value in (('n', n), ('batch_size', batch_size)):
-        if not isinstance(value, int) or value < 1: raise ValueError(f'{name}: found {value!r}, expected a number above 0')
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f'{name}: found {value!r}, expected a number above 0')
     config, pictures = self.config(**kwargs), [[] for _ in self.model.scales]
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
     starts = range(0, len(prompts), batch_size)

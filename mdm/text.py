@@ -46,7 +46,8 @@ def check_prompts(
         kind = type(prompts).__name__
         raise TypeError(f'prompts must be a list of strings, but one {kind} was given: write [{prompts[:40]!r}]')
     prompts = list(prompts)
-    if not prompts: raise ValueError('prompts is an empty list: give at least one string (the empty string means "no text")')
+    if not prompts:
+        raise ValueError('prompts is an empty list: give at least one string (the empty string means "no text")')
     for i, p in enumerate(prompts):
         if isinstance(p, str): continue
         raise TypeError(f'prompts[{i}] is {p!r:.60} of type {type(p).__name__}, not a string: use "" for "no text"')

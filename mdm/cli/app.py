@@ -107,7 +107,8 @@ def free_port(
         try: s.bind((host, port))
         except OSError as e:
             reason = e.strerror or e
-            raise OSError(f'cannot listen on {host} port {port}: {reason}. Choose another with --port, or 0 for any that is free') from None
+            raise OSError(f'cannot listen on {host} port {port}: {reason}. Choose another with --port, or 0 for any '
+                'that is free') from None
         return s.getsockname()[1]
 
 # %% ../../nbs/5_edges/11_app.ipynb #324a5630
@@ -200,7 +201,8 @@ def mdm_app(
 )->int: # exit code
     "The command that serves the page."
     parser = make_parser('mdm_app',
-        'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a Python process '
+        'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a '
+            'Python process '
         'of their own, with the model in it.',
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     add = parser.add_argument
@@ -209,7 +211,8 @@ def mdm_app(
     add('--port', type=at_least(0, 65535), default=8866, help='0: any that is free (%(default)s)')
     add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of them: everybody who reaches this machine may then '
         'use the page (%(default)s)')
-    add('--visitors', metavar='N', type=at_least(1), default=4, help='how many at a time; each needs the memory of the model (%(default)s)')
+    add('--visitors', metavar='N', type=at_least(1), default=4, help='how many at a time; each needs the memory of the '
+        'model (%(default)s)')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes .pth files (the YAML file next to each)')
     add('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     return run_command(parser, _app_command, argv)

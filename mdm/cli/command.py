@@ -98,7 +98,8 @@ def add_sampling_flags(
     add('--seed', type=at_least(0, 2**62), default=0, help='picture k has this seed + k (%(default)s)')
     add('--negative-prompt', metavar='TEXT', default='', help='what not to show')
     add_config_flags(parser, SampleConfig, skip=('eta',))
-    add('--eta', type=eta_value, metavar='X', help=f"{eta}; ddpm is short for --solver ddpm (the recipe's)".replace('%', '%%'))
+    add('--eta', type=eta_value, metavar='X',
+        help=f"{eta}; ddpm is short for --solver ddpm (the recipe's)".replace('%', '%%'))
     add('--batch-size', metavar='B', type=at_least(1), default=16, help='pictures at a time (%(default)s)')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
     add('--raw', action='store_true', help='use the weights as trained, instead of their moving average')

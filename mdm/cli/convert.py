@@ -35,7 +35,8 @@ def mdm_convert(
 )->int: # exit code
     "The command that converts checkpoints."
     parser = make_parser('mdm_convert',
-        'Turn a released .pth file into a checkpoint folder of this library, or a checkpoint folder into a .pth file with its YAML file. '
+        'Turn a released .pth file into a checkpoint folder of this library, or a checkpoint folder into a .pth file '
+            'with its YAML file. '
         'Files are read as data: code that a .pth file may contain is never executed.',
         'mdm_convert vis_model_000100.pth models/cc12m_64x64 --recipe cc12m_64x64\nmdm_convert runs/shapes shapes.pth')
     add = parser.add_argument

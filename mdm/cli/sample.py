@@ -76,7 +76,8 @@ _tool_flags = 'upscale', 'image', 'mask', 'strength', 'repeats'
 def _check_tool(args):
     "Refuse tool flags that do not go together, with a ValueError."
     if args.upscale and args.image:
-        raise ValueError('--upscale and --image do not go together: --upscale holds a small picture, --image begins with a large one')
+        raise ValueError('--upscale and --image do not go together: --upscale holds a small picture, --image begins '
+            'with a large one')
     for flag in ('mask', 'strength', 'repeats'):
         if getattr(args, flag) is not None and not args.image:
             raise ValueError(f'--{flag} needs --image: name the picture to begin with')
@@ -102,7 +103,8 @@ def _asked(args):
     "All prompts of a command line. Raises ValueError when there are none, or when `--output` is no PNG file and no folder."
     prompts = args.rest + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
-        raise ValueError('no prompt: write what to draw behind the checkpoint, in quotes, or name a text file with --prompts-file')
+        raise ValueError('no prompt: write what to draw behind the checkpoint, in quotes, or name a text file with '
+            '--prompts-file')
     kind = Path(args.output).suffix.lower()
     if kind in ('.jpg', '.jpeg', '.webp', '.gif'):
         raise ValueError(f'--output {args.output}: pictures are written as PNG, not as {kind}: name a .png file, or a folder')
@@ -123,7 +125,8 @@ def _sample_command(
     "Load a model, sample, save the pictures, and print where they are."
     prompts, out = _asked(args), Path(args.output)
     from mdm.pipeline import MDMPipeline
-    pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema, device=check_device(args.device))
+    pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
+        device=check_device(args.device))
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
     tool, given = choose_tool(pipe, args)
@@ -136,7 +139,8 @@ def _sample_command(
                  weights=weights, software='mdm')
     sheet = make_sheet(pictures, [f'{p} (seed {args.seed + k})' for k, p in enumerate(captions)])
     single = out.suffix.lower() == '.png'
-    path = save_png(sheet, out if single else out/f'{next_number(out)}.png', prompt='\n'.join(prompts), seed=args.seed, **about)
+    path = save_png(sheet, out if single else out/f'{next_number(out)}.png', prompt='\n'.join(prompts), seed=args.seed,
+        **about)
     if single: return print(path)
     n = _save_singles(pictures, captions, path.with_suffix(''), args.seed, about)
     print(f"{path}: the sheet; {path.with_suffix('')}: {n} single pictures")
@@ -145,9 +149,11 @@ def _sample_command(
 def _add_tool_flags(parser):
     "The flags of `choose_tool`."
     add = parser.add_argument
-    add('--upscale', metavar='PICTURE', help="enlarge this small picture, which has the size of one of the model's inner resolutions")
+    add('--upscale', metavar='PICTURE', help="enlarge this small picture, which has the size of one of the model's "
+        "inner resolutions")
     add('--image', metavar='PICTURE', help="begin with this picture, which has the model's size, instead of noise")
-    add('--strength', metavar='SHARE', type=float, help='how much of --image may change, above 0 and up to 1 (0.6; with --mask 1)')
+    add('--strength', metavar='SHARE', type=float, help='how much of --image may change, above 0 and up to 1 (0.6; '
+        'with --mask 1)')
     add('--mask', metavar='PICTURE', help='paint anew only what is white in this picture, and keep the rest of --image')
     add('--repeats', metavar='R', type=at_least(1),
         help='with --mask: take each step so many times, so that old and new parts agree better (1)')
@@ -158,11 +164,14 @@ def mdm_sample(
 )->int: # exit code
     "The command that makes pictures."
     parser = make_parser('mdm_sample',
-        'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds its prompt, '
+        'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds '
+            'its prompt, '
         'seed and settings.',
         "mdm_sample runs/shapes 'a large red cross in the centre on a white background'\n"
-        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 --every-resolution\n"
-        "mdm_sample runs/shapes --image cross.png --mask centre.png 'a large blue cross in the centre on a white background'\n"
+        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 "
+            "--every-resolution\n"
+        "mdm_sample runs/shapes --image cross.png --mask centre.png 'a large blue cross in the centre on a white "
+            "background'\n"
         "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT', help='shapes (the model that comes with the library), output folder of mdm_train '
@@ -171,7 +180,8 @@ def mdm_sample(
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
     add('--n', type=at_least(1), default=4, help='pictures per prompt (%(default)s)')
     _add_tool_flags(parser)
-    add('--every-resolution', action='store_true', help="save the smaller pictures of the model's inner resolutions too")
+    add('--every-resolution', action='store_true',
+        help="save the smaller pictures of the model's inner resolutions too")
     add('--output', metavar='PATH', default='samples', help='folder, where every call adds a numbered sheet and a folder of single '
         'pictures; or a .png file for the sheet alone, which is replaced (%(default)s)')
     add_sampling_flags(parser)

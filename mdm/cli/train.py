@@ -37,7 +37,8 @@ accelerate launch -m mdm.cli.train my_recipe.yaml data.files='[a.tar, b.tar]' tr
 def _parser():
     "The command line of `mdm_train`."
     about = ('Train a text-to-image model from a recipe: one YAML file that describes model, data and training. Checkpoints, a log and '
-        'preview pictures go to the output folder. Ctrl-C saves a checkpoint before it stops; the same command, run again, goes on. '
+        'preview pictures go to the output folder. Ctrl-C saves a checkpoint before it stops; the same command, run '
+            'again, goes on. '
         f"For several processes, start it with accelerate launch or torchrun.\n\nrecipes that come with the library:\n  {', '.join(presets())}")
     parser = make_parser('mdm_train', about, _examples)
     flag, files = parser.add_argument, dict(metavar='FILE', nargs='+', action='extend', default=[])
@@ -45,13 +46,18 @@ def _parser():
         help='name of a preset, or a YAML file; then changes to it by dotted names, e.g. train.batch_size=8')
     flag('--data', **files, help='shards to train on, short for data.files: tar files or index TSVs, with braces and wildcards')
     flag('--valid', **files, help='shards for a validation loss after every epoch, and at the end (none)')
-    flag('--output', metavar='FOLDER', help="short for train.output (the recipe's, mostly runs/NAME); with --stages, the folder for their folders")
-    flag('--minutes', metavar='M', type=float, help='stop after M minutes, if the steps of the recipe are not done by then')
-    flag('--resume', action='store_true', help='insist on going on with an earlier part of this training; with --output, RECIPE may be left out')
-    flag('--overwrite', action='store_true', help='replace the checkpoints, previews and log of an earlier training in the output folder')
+    flag('--output', metavar='FOLDER', help="short for train.output (the recipe's, mostly runs/NAME); with --stages, "
+        "the folder for their folders")
+    flag('--minutes', metavar='M', type=float,
+        help='stop after M minutes, if the steps of the recipe are not done by then')
+    flag('--resume', action='store_true', help='insist on going on with an earlier part of this training; with '
+        '--output, RECIPE may be left out')
+    flag('--overwrite', action='store_true', help='replace the checkpoints, previews and log of an earlier training in '
+        'the output folder')
     flag('--stages', metavar='A,B,...',
         help='instead of RECIPE: grow a model through several recipes (64,256,1024: the cc12m presets); 256:key=value changes one of them')
-    flag('--dry-run-steps', metavar='N', type=int, help='take N steps, on noise if there are no data, print time and memory, and write nothing')
+    flag('--dry-run-steps', metavar='N', type=int, help='take N steps, on noise if there are no data, print time and '
+        'memory, and write nothing')
     return parser
 
 # %% ../../nbs/5_edges/06_train.ipynb #492c3e39
@@ -59,7 +65,8 @@ def _check_numbers(args):
     "Raise `ValueError` for a flag that must be above 0."
     for name in ('minutes', 'dry_run_steps'):
         v = getattr(args, name)
-        if v is not None and not v > 0: raise ValueError(f"--{name.replace('_', '-')}: found {v:g}, expected a number above 0")
+        if v is not None and not v > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: found {v:g}, expected a number above 0")
 
 def wanted_recipes(
     args:argparse.Namespace, # of `mdm_train`
@@ -69,7 +76,8 @@ def wanted_recipes(
     (names, overrides), (data, more) = split_overrides(args.rest), split_overrides(args.data)
     source = names.pop(0) if names and not args.stages else None
     if not source and args.resume and args.output and not args.stages: source = Path(args.output)/'recipe.yaml'
-    if not source and not args.stages: raise ValueError('the following arguments are required: RECIPE (or --stages, or --resume with --output)')
+    if not source and not args.stages:
+        raise ValueError('the following arguments are required: RECIPE (or --stages, or --resume with --output)')
     changes = [*names, *overrides, *more, *split_overrides(args.valid)[1]]
     def with_data(recipe):
         if data: recipe.data.files = data
@@ -90,13 +98,15 @@ def train_command(
     end = args.minutes and time.monotonic() + 60*args.minutes
     recipes, valid = wanted_recipes(args), split_overrides(args.valid)[0]
     from mdm.training.run import dry_run, run_training
-    if max(o.data.image_size for o in recipes) >= 256: os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')    # PyTorch: large blocks of CPU memory in large pages
+    if max(o.data.image_size for o in recipes) >= 256:
+        os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')    # PyTorch: large blocks of CPU memory in large pages
     for recipe in recipes:
         if args.dry_run_steps:
             dry_run(recipe, args.dry_run_steps)
             continue
         minutes = args.minutes
-        if minutes and len(recipes) > 1: minutes = max(1e-6, (end - time.monotonic())/60)        # what is left for this stage
+        if minutes and len(recipes) > 1:
+            minutes = max(1e-6, (end - time.monotonic())/60)        # what is left for this stage
         learn = run_training(recipe, valid, minutes, args.overwrite, args.resume and not args.stages)
         if learn and learn.steps < recipe.train.steps: return                                    # the time is up
 

@@ -157,7 +157,8 @@ def _is_done(entry, path, source):
 
 def _record(manifest, path, source, samples, damage):
     "Put a finished shard into the manifest."
-    manifest['shards'][path.name] = {'samples': samples, 'bytes': path.stat().st_size, 'from_bytes': os.path.getsize(source)}
+    manifest['shards'][path.name] = {'samples': samples, 'bytes': path.stat().st_size,
+        'from_bytes': os.path.getsize(source)}
     for reason, n in damage.items(): manifest['skipped'][reason] = manifest['skipped'].get(reason, 0) + n
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #b45c4dd7
@@ -212,7 +213,8 @@ def check_embeddings(
     if config.encoder != 'hash': wanted['dim'] = entry['dim']   # the width of a Hugging Face model is not in the recipe
     if why := encoder_differences(entry, wanted):
         raise ValueError(
-            f"the shards hold embeddings of the text encoder {entry['encoder']!r}, but the recipe wants {config.encoder!r}, "
+            f"the shards hold embeddings of the text encoder {entry['encoder']!r}, but the recipe wants "
+                f"{config.encoder!r}, "
             f'and they differ (stored and wanted: {why}): embed the shards again with the recipe\'s encoder '
             '(mdm_dataset embed), set text.encoder and its neighbours to what is stored, or set data.embeddings=false')
 

@@ -550,7 +550,8 @@ def pick_column(
 # %% ../../nbs/2_data/02_files.ipynb #fe871d92
 def _caption_of(row, column, place):
     "The caption in a row. Raises `ValueError` when it has none, or one that is no text."
-    if column not in row: raise ValueError(f'{place}: it has {", ".join(row) or "nothing"}, but none that is called {column}')
+    if column not in row:
+        raise ValueError(f'{place}: it has {", ".join(row) or "nothing"}, but none that is called {column}')
     if not isinstance(row[column], str): raise ValueError(f'{place}: the caption is {row[column]!r}, expected a text')
     return row[column]
 

@@ -246,14 +246,16 @@ def describe_shards(
     lines = [
         f'{found.shards:,} shards, {found.bytes/1e6:,.1f} MB; '
         f'{found.samples:,} samples, of which {found.usable:,} can be used{embedded}',
-        f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}', histogram(found.short_sides, 'pixels'),
+        f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}',
+        histogram(found.short_sides, 'pixels'),
         f'captions: {_range(found.lengths, "characters")}', histogram(found.lengths, 'characters')]
     if found.bad:
         reasons = Counter(reason for _, _, reason, _ in found.bad)
         lines += ['cannot be used:', *(f'  {n:,} x {reason}' for reason, n in reasons.most_common()), 'for instance:']
     for tar, key, reason, detail in found.bad[:most]:
         lines.append(f'  {tar} {key}: {reason}' + (f' ({detail})' if detail else ''))
-    if found.repeated: lines.append(f'{len(found.repeated):,} keys occur more than once, for instance {found.repeated[0]}')
+    if found.repeated:
+        lines.append(f'{len(found.repeated):,} keys occur more than once, for instance {found.repeated[0]}')
     return '\n'.join(filter(None, lines))
 
 def _range(counts, unit):

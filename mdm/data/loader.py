@@ -149,7 +149,8 @@ def __iter__(self:PictureLoader):
     start = resume if resume and resume['epoch'] == self.epoch else self._place(self.epoch)
     n = 0
     for n, batch in enumerate(self._epoch(start), 1): yield batch
-    if start['batch'] and not n: yield from self._epoch(self._place(self.epoch))         # nothing was left of that epoch
+    if start['batch'] and not n:
+        yield from self._epoch(self._place(self.epoch))         # nothing was left of that epoch
 
 # %% ../../nbs/2_data/05_loader.ipynb #e9157821
 @patch

@@ -72,7 +72,8 @@ def _resume(self:ShardWriter, settings, command, extra):
     "Take over the state of an earlier run, or begin a new one."
     old = read_manifest(self.folder)
     if old and old.get('complete') and not old['shards']: old = None
-    new = dict(format=1, command=command, complete=False, settings=settings, position=0, report_bytes=0, shards={}, skipped={})
+    new = dict(format=1, command=command, complete=False, settings=settings, position=0, report_bytes=0, shards={},
+        skipped={})
     self.manifest = old or new
     self._refuse_other_runs(settings, old)
     self.manifest.update(command=command, **extra)
@@ -273,7 +274,8 @@ def list_folder(
 # %% ../../nbs/2_data/07_shards.ipynb #fb33cca7
 def _walk(folder):
     "Paths of pictures, texts and tables; hidden files and folders are left out."
-    def refuse(error): raise error                           # a folder that cannot be read must not pass for an empty one
+    def refuse(error):
+        raise error                           # a folder that cannot be read must not pass for an empty one
     wanted = (*PICTURE_FILES, '.txt', 'metadata.jsonl', 'metadata.csv')
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [d for d in folders if d[0] != '.' and d != '__MACOSX']

@@ -116,7 +116,8 @@ class BoundedResponses(urllib.request.BaseHandler):
     ): # the same response with a bounded body
         "Put the limits around the body."
         self.http_request(request)
-        if self.stopped or isinstance(response, addinfourl): return response   # after a redirect it has its limits already
+        if self.stopped or isinstance(response, addinfourl):
+            return response   # after a redirect it has its limits already
         body = BoundedBody(response, self.seconds, self.max_bytes)
         return addinfourl(body, response.headers, response.url, response.status)
 
@@ -195,7 +196,8 @@ def _download(urls, threads, timeout, retries):
         chunk = f'{scratch}/chunk.feather'
         with pa.ipc.new_file(chunk, table.schema) as f: f.write_table(table)
         fetcher = downloader.Downloader(
-            sample_writer_class=Collect, resizer=as_it_came, thread_count=max(1, min(threads, len(urls))), timeout=timeout,
+            sample_writer_class=Collect, resizer=as_it_came, thread_count=max(1, min(threads, len(urls))),
+            timeout=timeout,
             output_folder=scratch, number_sample_per_shard=max(len(urls), 10), retries=retries, **_OPTIONS)
         fetcher.download_shard((0, chunk))
     return [got.get(n, 'it was lost') for n in range(len(urls))]
@@ -246,7 +248,8 @@ def check_network(
     if len(owners) < least or not all(isinstance(o, Skip) and str(o) in silent for *_, o in done): return
     reason = next(o for *_, o in done if str(o) != NO_ADDRESS)
     raise ConnectionError(
-        f'none of the {len(owners)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered ({reason}): '
+        f'none of the {len(owners)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered '
+            f'({reason}): '
         'check the network, then give the same command again to go on from here. '
         'If these servers are all gone for good, --no-network-check leaves their pictures out')
 

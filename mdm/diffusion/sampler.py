@@ -85,7 +85,8 @@ class PictureNoise:
         *shape:int, # shape of one picture's noise
     )->Tensor: # standard normal noise [B,*shape] on `device`
         noise = torch.stack([torch.randn(shape, generator=g, device=self.source) for g in self.generators])
-        if self.device.type == 'cuda' and self.source.type == 'cpu' and torch.cuda.is_available(): noise = noise.pin_memory()
+        if self.device.type == 'cuda' and self.source.type == 'cpu' and torch.cuda.is_available():
+            noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True)
 
 # %% ../../nbs/1_model/08_sampler.ipynb #55fcf789

@@ -50,7 +50,8 @@ def choose_steps(
     "Choose K of N steps, as Python numbers."
     _check_name(spacing, Spacing, 'spacing')
     if not 1 <= k <= n:
-        raise ValueError(f'cannot sample with {k} steps: the model was trained with {n}, so choose 1 to {n} (sample.steps)')
+        raise ValueError(f'cannot sample with {k} steps: the model was trained with {n}, so choose 1 to {n} '
+            '(sample.steps)')
     if spacing == 'logsnr': steps = np.array([0, *_even_logsnr(gammas, k)])
     else: steps = np.arange(k + 1)*(n/k if spacing == 'trailing' else (n + 1)/(k + 1))
     return steps[::-1].round().astype(int).tolist()

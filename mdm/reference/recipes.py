@@ -208,7 +208,8 @@ def _network(self:_Translation, theirs, place):
     inner = theirs.get('inner_config')
     unread = _nested_keys if inner is None else _text_keys
     out = {k: v for k, v in out.items() if k not in unread}
-    return out if inner is None else {**out, 'mid_blocks': False, 'inner': self._network(inner, f'{place}.inner_config')}
+    return out if inner is None else {**out, 'mid_blocks': False,
+        'inner': self._network(inner, f'{place}.inner_config')}
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #1db5b431
 def from_reference(

@@ -62,7 +62,8 @@ def peer_errors(): # a context, or a decorator
     "Raise `ConnectionError` when what is done inside fails because another process is gone."
     try: yield
     except RuntimeError as e:
-        network = isinstance(e, dist.DistError) or re.search(r'gloo|nccl|connection (closed|reset)|broken pipe|timed out', str(e), re.I)
+        network = isinstance(e, dist.DistError) or re.search(
+            r'gloo|nccl|connection (closed|reset)|broken pipe|timed out', str(e), re.I)
         if not is_distributed() or not network: raise
         text = ' '.join(str(e).split())[-200:]
         raise ConnectionError(

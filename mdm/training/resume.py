@@ -98,7 +98,8 @@ def save_training(
     processes = gather_objects((random_state(learn), learn.dls.train.state_dict()))
     if not is_main(): return Path(folder)
     of_optimizer, others = {}, {}
-    facts = dict(optimizer=pack(optimizer, of_optimizer, 'optimizer'), positions=[p for _, p in processes], **_counters(learn))
+    facts = dict(optimizer=pack(optimizer, of_optimizer, 'optimizer'), positions=[p for _, p in processes],
+        **_counters(learn))
     for rank, (states, _) in enumerate(processes):
         for name, state in states.items(): others[f'process_{rank}.{name}'] = state
     log = getattr(learn, 'step_log', None)
@@ -178,7 +179,8 @@ def newest_checkpoint(
             continue
         for text in damaged: warnings.warn(f'{text} Meanwhile the training goes on from {checkpoint.folder}.')
         return checkpoint
-    if damaged: raise FileNotFoundError(f'No checkpoint in {folder} is whole; --overwrite begins again. ' + ' '.join(damaged))
+    if damaged:
+        raise FileNotFoundError(f'No checkpoint in {folder} is whole; --overwrite begins again. ' + ' '.join(damaged))
 
 # %% ../../nbs/3_training/08_resume.ipynb #6e269a44
 class Checkpoints(Every):
@@ -278,7 +280,8 @@ def agree(self:Stop):
 @patch
 def after_batch(self:Stop):
     if getattr(getattr(self.learn, 'accumulate', None), 'count', 0): return      # in the middle of a step
-    if not self.training and (is_distributed() or not self.fitting): return      # processes need not have equally many batches here
+    if not self.training and (is_distributed() or not self.fitting):
+        return      # processes need not have equally many batches here
     code = self.learn.dl.noted if is_distributed() else self.code()
     if not code: return
     self.reason = _reasons[code]

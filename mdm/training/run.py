@@ -58,7 +58,8 @@ def resume_point(
     recipe:Recipe, # of the training that is wanted
 )->Checkpoint|None: # where to go on; None: begin
     "The last checkpoint of this training. Raises `FileExistsError` for another training, `FileNotFoundError` when all checkpoints are damaged."
-    if folder.exists() and not folder.is_dir(): raise FileExistsError(f'{folder} is a file: choose another folder with --output')
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f'{folder} is a file: choose another folder with --output')
     found, own = earlier_run(folder), folder/'recipe.yaml'
     if not found: return None
     mend = 'choose another folder with --output, or replace what is there with --overwrite'
@@ -109,7 +110,8 @@ def opening_line(
     each = f' in each of {data.world} processes' if data.world > 1 else ''
     limit = f' or {minutes:g} minutes' if minutes else ''
     return (
-        f'{r.name}: {weights/1e6:.1f} million weights, {sizes} pixels; {data.total:,} pictures in {files} file{"s"*(files > 1)}; '
+        f'{r.name}: {weights/1e6:.1f} million weights, {sizes} pixels; {data.total:,} pictures in {files} '
+            f'file{"s"*(files > 1)}; '
         f'{batch} on {learn.dls.device}{each}, {data.world*r.train.batch_size*r.train.accumulate} pictures per step, '
         f'{r.train.steps:,} steps{limit}, into {r.train.output}')
 
@@ -140,7 +142,8 @@ def _finished(recipe, checkpoint):
 def _own_folder(lock, folder):
     "Take a new folder, unless another run was faster."
     lock.enter_context(only_writer(folder))
-    if earlier_run(folder): raise FileExistsError(f'another run has written into {folder} meanwhile: give the same command again to go on from there')
+    if earlier_run(folder):
+        raise FileExistsError(f'another run has written into {folder} meanwhile: give the same command again to go on from there')
 
 def prepare_training(
     recipe:Recipe, # what to train
@@ -155,7 +158,8 @@ def prepare_training(
     new = not folder.is_dir()
     if is_main() and not new: lock.enter_context(only_writer(folder))
     checkpoint = None if overwrite else resume_point(folder, recipe)
-    if resume and not checkpoint: raise FileNotFoundError(f'--resume: there is no checkpoint in {folder} to go on from; leave out --resume to begin')
+    if resume and not checkpoint:
+        raise FileNotFoundError(f'--resume: there is no checkpoint in {folder} to go on from; leave out --resume to begin')
     if _finished(recipe, checkpoint): return None
     learn = build_learner(recipe, valid, minutes, checkpoint)
     if is_main(): print(opening_line(learn, minutes), flush=True)
@@ -205,12 +209,14 @@ def closing_line(
     t, folder, world = learn.recipe.train, Path(learn.recipe.train.output), rank_and_world()[1]
     with open(folder/'log.csv', newline='') as f: log = list(csv.DictReader(f))
     loss = ''
-    if log: loss = '; loss ' + ' to '.join(f"{float(row['loss']):.4f} (step {row['step']})" for row in (log[0], log[-1]))
+    if log:
+        loss = '; loss ' + ' to '.join(f"{float(row['loss']):.4f} (step {row['step']})" for row in (log[0], log[-1]))
     steps = f'{learn.new_steps:,}' + (f' of {learn.steps:,}' if learn.new_steps < learn.steps else '')
     speed = learn.new_steps*t.batch_size*t.accumulate*world/learn.seconds
     prompt = t.preview_prompts[0] if t.preview_prompts else 'a caption like yours'
     return (
-        f"{steps} step{'s'*(learn.steps != 1)} in {learn.seconds:.0f} s, {speed:.1f} pictures/s{loss}; checkpoint {learn.checkpoints.saved}. "
+        f"{steps} step{'s'*(learn.steps != 1)} in {learn.seconds:.0f} s, {speed:.1f} pictures/s{loss}; checkpoint "
+            f"{learn.checkpoints.saved}. "
         f'Now try: mdm_sample {shlex.quote(str(folder))} {shlex.quote(prompt)}')
 
 # %% ../../nbs/3_training/10_run.ipynb #4ff33a38
@@ -230,7 +236,8 @@ def report_training(
     if not learn.steps: raise (stopped or OSError)('stopped before the first step was done; nothing was saved')
     if not saved or saved.name != f'step_{learn.steps:08d}':
         last = f'The last good one is {saved}' if saved else 'There is none'
-        raise OSError(f'the checkpoint of step {learn.steps:,} could not be saved. {last}: make room, and run the same command again to go on')
+        raise OSError(f'the checkpoint of step {learn.steps:,} could not be saved. {last}: make room, and run the same '
+            'command again to go on')
     if stopped: raise stopped(f'stopped; the same command goes on. {closing_line(learn)}')
     print(closing_line(learn), flush=True)
 
@@ -268,7 +275,8 @@ def encoder_width(
         return getattr(theirs, 'text_config', theirs).hidden_size
     except Exception as e:                                   # whatever transformers and the hub raise
         text = ' '.join(str(e).split())[:200]
-        raise ValueError(f'the width of the text encoder {config.encoder!r} cannot be known without its files ({text}): name one that is there with text.encoder') from e
+        raise ValueError(f'the width of the text encoder {config.encoder!r} cannot be known without its files '
+            f'({text}): name one that is there with text.encoder') from e
 
 # %% ../../nbs/3_training/10_run.ipynb #1e8625b0
 class _NoiseEncoder(TextEncoder):
@@ -310,7 +318,8 @@ class _Clock(Callback):
         if self.dls.device.type == 'cuda': torch.cuda.synchronize()
         self.took.append(time.perf_counter() - self.start)
         self.start = time.perf_counter()
-        if is_main(): tqdm.write(f'step {len(self.took)}: {self.took[-1]:.2f} s, loss {self.loss.item():.4f}', file=sys.stderr)
+        if is_main():
+            tqdm.write(f'step {len(self.took)}: {self.took[-1]:.2f} s, loss {self.loss.item():.4f}', file=sys.stderr)
 
 def _peak_memory(device):
     "GiB: of tensors on a GPU, or of the whole process on a CPU."
@@ -330,7 +339,9 @@ def dry_run(
     else: dls, encoder = random_data(recipe, steps*recipe.train.accumulate)
     learn = mdm_learner(dls, recipe, [clock := _Clock()], encoder, grow=False)
     with learn.no_bar(), learn.no_logging(), peer_errors(): learn.fit_steps(steps)
-    if not clock.took: raise ValueError(f'{recipe.name}: no step was done, so there is nothing to measure: give more pictures, or a lower train.batch_size')
+    if not clock.took:
+        raise ValueError(f'{recipe.name}: no step was done, so there is nothing to measure: give more pictures, or a '
+            'lower train.batch_size')
     seconds, memory = median(clock.took[1:] or clock.took), _peak_memory(dls.device)
     if is_main(): print(_dry_run_line(learn, seconds, memory), flush=True)
     return seconds, memory
@@ -340,7 +351,8 @@ def _dry_run_line(learn, seconds, memory):
     r, weights = learn.recipe, sum(p.numel() for p in learn.model.parameters())
     pictures = r.train.batch_size*r.train.accumulate*rank_and_world()[1]
     return (
-        f"{r.name}: {weights/1e6:.1f} million weights, {r.data.image_size} pixels, {pictures} picture{'s'*(pictures > 1)} per step, "
+        f"{r.name}: {weights/1e6:.1f} million weights, {r.data.image_size} pixels, {pictures} "
+            f"picture{'s'*(pictures > 1)} per step, "
         f"{'bfloat16' if r.train.bf16 else 'float32'} on {learn.dls.device}: {seconds:.2f} s per step, {pictures/seconds:.2f} pictures/s, at most {memory:.2f} GiB")
 
 # %% ../../nbs/3_training/10_run.ipynb #509304ae
@@ -381,7 +393,9 @@ def stage_recipes(
     for name, label in zip(names, labels):
         source = f'cc12m_{name}x{name}' if name.isdigit() else name
         fits, inside = True, []
-        if recipes: fits, inside = isinstance(load_recipe(source).model, NestedUNetConfig), [f'model.inner_from={recipes[-1].train.output}']
+        if recipes:
+            fits = isinstance(load_recipe(source).model, NestedUNetConfig)
+            inside = [f'model.inner_from={recipes[-1].train.output}']
         if fits:
             recipe = finish(load_recipe(source, [*wanted[label], *inside, f'train.output={out/label}']))
             fits = not recipes or _weight_shapes(recipe.model.inner) == _weight_shapes(recipes[-1].model)

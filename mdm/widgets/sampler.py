@@ -140,7 +140,8 @@ class SideControls(W.VBox):
     ):
         self.loading, self.quiet = None, False                # the thread that loads; True: do not call `changed`
         names, tip = list(shelf.paths), 'The trained model: a folder, or a released .pth file'
-        typed = W.Combobox(value=names[0] if names else '', options=names, continuous_update=False) if shelf.any_path else None
+        typed = W.Combobox(value=names[0] if names else '', options=names,
+            continuous_update=False) if shelf.any_path else None
         self.checkpoint = labelled(typed or W.Dropdown(options=names), 'Checkpoint', tip)
         recipes = [("the checkpoint's own", ''), *((o, o) for o in presets())]
         self.recipe = labelled(W.Dropdown(options=recipes), 'Recipe', 'Only for files that do not bring their own')
@@ -244,7 +245,8 @@ def _open(self:SamplerWidget):
 def _make_prompt_fields(self:SamplerWidget):
     "What to draw, Run and Stop, and the two lines for messages."
     self.prompt = labelled(W.Textarea(placeholder='What to draw', rows=3), 'Prompt')
-    self.examples = labelled(W.Dropdown(options=[('choose one', '')]), 'Example prompts', 'Takes the place of the prompt')
+    self.examples = labelled(W.Dropdown(options=[('choose one', '')]), 'Example prompts',
+        'Takes the place of the prompt')
     self.negative = labelled(W.Text(placeholder='What not to show'), 'Negative prompt')
     self.style_ = labelled(W.Dropdown(options=list(styles)), 'Style', 'A sentence around the prompt')
     self.avoid = labelled(W.Dropdown(options=list(avoided)), 'Avoid', 'Words that join the negative prompt')
@@ -264,7 +266,8 @@ def _make_side_fields(self:SamplerWidget):
     "The fields of one model, and those of a second one to compare with."
     self.side_a = SideControls(self.shelf, self._load)
     self.side_b = classed(SideControls(self.shelf, self._load), 'mdm-second')
-    self.compare = W.Checkbox(False, description='Compare with a second model, or other settings, at the same seed', indent=False)
+    self.compare = W.Checkbox(False, description='Compare with a second model, or other settings, at the same seed',
+        indent=False)
     self.side_b.layout.display = 'none'
     def toggle(change):
         self.side_b.layout.display = None if change.new else 'none'
@@ -281,9 +284,11 @@ def _make_results(self:SamplerWidget):
     self.live = W.Checkbox(True, description='Show the path as it forms', indent=False)
     self.inner = W.Checkbox(True, description='Inner resolutions too', indent=False)
     self.views = box('mdm-sides', html_text('<p>The pictures will appear here.</p>'))
-    self.scrub = labelled(W.IntSlider(0, min=0, max=0, readout=False), 'Path, from noise to picture', 'Move through the steps')
+    self.scrub = labelled(W.IntSlider(0, min=0, max=0, readout=False), 'Path, from noise to picture',
+        'Move through the steps')
     self.strip = box('mdm-strip', *self.cards)
-    self.gif_button = W.Button(description='Make a GIF of the path', tooltip='Makes the file; a link to it appears below')
+    self.gif_button = W.Button(description='Make a GIF of the path',
+        tooltip='Makes the file; a link to it appears below')
     self.downloads, self.gif, self.plot = html_text(), html_text(), html_text()
     title = html_text('<h3>History: press a picture to bring it back with its settings</h3>')
     self.history = W.VBox([title, box('mdm-strip', *self.past)])
@@ -534,7 +539,8 @@ def _links(self:SamplerWidget, run):
     for i, side in enumerate(pictures):
         for k, picture in enumerate(side):
             data = png_bytes(Image.fromarray(picture), **settings.png_info(k, i))
-            links.append(download_link(f'{name(k)}{"_b" if i else ""}.png', data, f'{"second, " if i else ""}seed {settings.seed + k}'))
+            links.append(download_link(f'{name(k)}{"_b" if i else ""}.png', data, f'{"second, " if i else ""}seed '
+                f'{settings.seed + k}'))
     return links
 
 # %% ../../nbs/4_use/08_sampler_widget.ipynb #c504483e
