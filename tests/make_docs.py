@@ -105,8 +105,14 @@ def table(rows):
     line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c, k in zip(cells, keep) if k) + '</tr>'
     return '<table class="params">' + line(('', 'type', 'default', ''), 'th') + ''.join(line(('<em>returns</em>' if n == 'returns' else code(n), code(t), code(d), inline(c)), 'td') for n, t, d, c in rows) + '</table>'
 
+def owner(node):
+    "'Class.' for a method that `@patch` adds to a class, else ''."
+    if not any(ast.unparse(o).startswith('patch') for o in getattr(node, 'decorator_list', [])) or isinstance(node, ast.ClassDef): return ''
+    return f'{ast.unparse(node.args.args[0].annotation)}.'
+
 def described(node, said, prefix='', level=3):
     "Heading, docstring and parameters of a function or class, then of a class' methods."
+    prefix, level = (prefix, level) if prefix or not owner(node) else (owner(node), 4)
     name, doc, is_class = prefix + node.name, ast.get_docstring(node) or '', isinstance(node, ast.ClassDef)
     methods = [o for o in node.body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef))] if is_class else []
     init = next((o for o in methods if o.name == '__init__'), None)
@@ -116,8 +122,8 @@ def described(node, said, prefix='', level=3):
     shown = [o for o in methods if ast.get_docstring(o) and (o.name[0] != '_' or o.name == '__call__')]
     return out + (markdown(doc) if doc else '') + table(rows) + ''.join(described(o, said, f'{name}.', 4) for o in shown)
 
-def definitions(tree): return [o for o in tree.body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and o.name[0] != '_']
-def anchors(tree, prefix=''): return [n for o in tree.body if hasattr(o, 'name') for n in (slug(prefix + o.name), *(anchors(o, f'{prefix}{o.name}.') if isinstance(o, ast.ClassDef) else []))]
+def definitions(tree): return [o for o in tree.body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (o.name[0] != '_' or o.name == '__call__' and owner(o))]
+def anchors(tree, prefix=''): return [n for o in tree.body if hasattr(o, 'name') for n in (slug((prefix or owner(o)) + o.name), *(anchors(o, f'{prefix}{o.name}.') if isinstance(o, ast.ClassDef) else []))]
 def is_imports(tree): return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in tree.body)
 def fold(summary, source): return f'<details class="source"><summary>{summary}</summary>{python(source)}</details>'
 

@@ -1,6 +1,8 @@
 "Make README.md and llms.txt from the notebooks: `python tests/make_readme.py`."
 import json, re
 from pathlib import Path
+from urllib.parse import quote
+from make_pyproject import settings
 
 root = Path(__file__).resolve().parent.parent
 note = '<!-- Made from nbs/index.ipynb by `make readme`: edit that one. -->\n\n'
@@ -32,10 +34,18 @@ def cell(c):
     if c['cell_type'] != 'code' or hidden.search(src) or not src.strip(): return ''
     return '\n\n'.join([fence(directive.sub('', src), 'python'), *map(output, c['outputs'])])
 
+def badges():
+    "What GitHub shows at the top: the state of the tests, Python, licence."
+    s = settings()
+    picture = lambda label, value, colour: f"![{label}: {value}](https://img.shields.io/badge/{quote(label.replace('-', '--'))}-{quote(value)}-{colour})"
+    tests = f"{s['git_url']}/actions/workflows/test.yml"
+    return ' '.join([f'[![tests]({tests}/badge.svg)]({tests})', picture('python', f"{s['min_python']} to 3.14", 'blue'),
+        f"[{picture('licence', 'Apache 2.0', 'blue')}](LICENSE)", f"[{picture('made with', 'nbdev', 'orange')}](https://nbdev.fast.ai)"])
+
 def readme(path=root/'nbs'/'index.ipynb'):
-    "The text of README.md."
-    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    return note + '\n\n'.join(filter(None, map(cell, cells))) + '\n'
+    "The text of README.md; the badges are not in the notebook, since the site fetches nothing from elsewhere."
+    first, *rest = filter(None, map(cell, json.loads(Path(path).read_text(encoding='utf-8'))['cells']))
+    return note + '\n\n'.join([first, *([badges()] if Path(path) == root/'nbs'/'index.ipynb' else []), *rest]) + '\n'
 
 def llms():
     "The text of llms.txt: what the project is and where its pages are, for language models (llmstxt.org)."

@@ -12,7 +12,7 @@ from mdm.diffusion.objective import Diffusion, DiffusionConfig
 from mdm.training import callbacks, distributed, learner, resume
 from mdm.training.callbacks import *
 
-notebook = Path(__file__).parent.parent/'nbs'/'3_training'/'04_callbacks.ipynb'
+notebook = Path(__file__).parent.parent/'nbs'/'3_training'/'05_callbacks.ipynb'
 
 class Sum(nn.Module):
     "A model of one weight that takes and gives a list."

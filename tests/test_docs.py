@@ -66,10 +66,11 @@ def public(module):
     return [o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and o.name in listed]
 
 def test_every_exported_name_is_on_its_page(pages):
-    of = {re.sub(r'.*#\| *default_exp +(\w+).*', r'\1', s, flags=re.S): nb for nb in notebooks if 'default_exp' in (s := '\n'.join(text(c['source']) for c in cells(nb) if c['cell_type'] == 'code'))}
+    of = {re.sub(r'.*#\| *default_exp +([\w.]+).*', r'\1', s, flags=re.S): nb for nb in notebooks if 'default_exp' in (s := '\n'.join(text(c['source']) for c in cells(nb) if c['cell_type'] == 'code'))}
     page = {m: page_names().get(nb.relative_to(root/'nbs').as_posix()) for m, nb in of.items()}
-    names = [(page[m.stem], o) for m in sorted((root/'mdm').glob('*.py')) if page.get(m.stem) for o in public(m)]
-    assert len(names) > 150
+    dotted = lambda m: '.'.join(m.relative_to(root/'mdm').with_suffix('').parts)
+    names = [(page[dotted(m)], o) for m in sorted((root/'mdm').rglob('*.py')) if page.get(dotted(m)) for o in public(m)]
+    assert len(names) > 250
     report([f'{page}: {o}' for page, o in names if slug(o) not in pages[page].ids], 'What a module exports has its heading')
     described = lambda html, o: re.search(rf'<h3 id="{re.escape(slug(o))}" class="api">.*?</h3>\s*<p>\s*\S', html)
     report([f'{page}: {o}' for page, o in names if not described(pages[page].html, o)], 'Under the heading stands what it is')

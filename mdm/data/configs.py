@@ -22,7 +22,7 @@ class ShardsConfig:
 @config_class
 class PicturesConfig(ShardsConfig):
     "Settings of a run that takes in pictures."
-    resize: Annotated[int, Field(ge=1)]|None = None # scale larger pictures down until their shorter side has this many pixels (choose at least the size of the model to be trained); not given: pictures keep their size
+    resize: Annotated[int, Field(ge=1)]|None = None # shorter side in pixels to which larger pictures are scaled down; null: keep their size
 
 @config_class
 class FolderConfig(PicturesConfig):

@@ -236,7 +236,7 @@ def report_training(
     if not learn.steps: raise (stopped or OSError)('stopped before the first step was done; nothing was saved')
     if not saved or saved.name != f'step_{learn.steps:08d}':
         last = f'The last good one is {saved}' if saved else 'There is none'
-        raise OSError(f'the checkpoint of step {learn.steps:,} could not be saved. {last}: make room, and run the same '
+        raise OSError(f'the checkpoint of step {learn.steps:,} could not be saved. {last}: free some space, and run the same '
             'command again to go on')
     if stopped: raise stopped(f'stopped; the same command goes on. {closing_line(learn)}')
     print(closing_line(learn), flush=True)
@@ -353,7 +353,8 @@ def _dry_run_line(learn, seconds, memory):
     return (
         f"{r.name}: {weights/1e6:.1f} million weights, {r.data.image_size} pixels, {pictures} "
             f"picture{'s'*(pictures > 1)} per step, "
-        f"{'bfloat16' if r.train.bf16 else 'float32'} on {learn.dls.device}: {seconds:.2f} s per step, {pictures/seconds:.2f} pictures/s, at most {memory:.2f} GiB")
+        f"{'bfloat16' if r.train.bf16 else 'float32'} on {learn.dls.device}: {seconds:.2f} s per step, "
+        f"{pictures/seconds:.2f} pictures/s, at most {memory:.2f} GiB")
 
 # %% ../../nbs/3_training/10_run.ipynb #509304ae
 def _stage_labels(stages, names):
