@@ -202,17 +202,18 @@ def mdm_app(
     "The command that serves the page."
     parser = make_parser('mdm_app',
         'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a '
-            'Python process '
-        'of their own, with the model in it.',
+        'Python process of their own, with the model in it.',
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     add = parser.add_argument
-    add('checkpoints', metavar='CHECKPOINT', nargs='*', help='what to choose from: output folders of mdm_train, checkpoints, released '
-        '.pth files, or shapes for the model that comes with the library; none: a first screen that offers that one')
+    add('checkpoints', metavar='CHECKPOINT', nargs='*',
+        help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, or shapes for the '
+             'model that comes with the library; none: a first screen that offers that one')
     add('--port', type=at_least(0, 65535), default=8866, help='0: any that is free (%(default)s)')
-    add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of them: everybody who reaches this machine may then '
-        'use the page (%(default)s)')
-    add('--visitors', metavar='N', type=at_least(1), default=4, help='how many at a time; each needs the memory of the '
-        'model (%(default)s)')
+    add('--host', default='127.0.0.1',
+        help='address to listen on; 0.0.0.0 is all of them: everybody who reaches this machine may then use the page '
+             '(%(default)s)')
+    add('--visitors', metavar='N', type=at_least(1), default=4,
+        help='how many at a time; each needs the memory of the model (%(default)s)')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes .pth files (the YAML file next to each)')
     add('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     return run_command(parser, _app_command, argv)

@@ -104,11 +104,10 @@ def _folder_flags(p):
 
 @_subcommand('folder', 'a folder of captioned pictures',
     'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, '
-        'cat.txt), or in tables '
-    'metadata.jsonl or metadata.csv with the columns file_name and text. Pictures are copied as they are, unless '
-        'training could not read them. '
-    'What cannot be used is counted, and named in skipped.tsv.',
-    'mdm_dataset folder photos data/photos\nmdm_dataset folder photos data/small --resize 512 --per-shard 5000', _folder_flags)
+    'cat.txt), or in tables metadata.jsonl or metadata.csv with the columns file_name and text. Pictures are copied as '
+    'they are, unless training could not read them. What cannot be used is counted, and named in skipped.tsv.',
+    'mdm_dataset folder photos data/photos\n'
+    'mdm_dataset folder photos data/small --resize 512 --per-shard 5000', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
@@ -125,12 +124,10 @@ def _urls_flags(p):
 
 @_subcommand('urls', 'a list of addresses and captions',
     "Shards from a list of addresses and captions, such as CC12M's: a table with tabs (.tsv, .txt), with commas (.csv) "
-        "or .parquet, with or without "
-    "a line of column names. Pictures are fetched by img2dataset (pip install 'matryoshka-diffusion[data]'). "
-    'What cannot be fetched is counted by reason, and named in skipped.tsv.',
-    'mdm_dataset urls cc12m.tsv data/cc12m --resize 512\nmdm_dataset urls list.parquet data/list --url-column link '
-        '--caption-column alt --timeout 5',
-    _urls_flags)
+    "or .parquet, with or without a line of column names. Pictures are fetched by img2dataset "
+    "(pip install 'matryoshka-diffusion[data]'). What cannot be fetched is counted by reason, and named in skipped.tsv.",
+    'mdm_dataset urls cc12m.tsv data/cc12m --resize 512\n'
+    'mdm_dataset urls list.parquet data/list --url-column link --caption-column alt --timeout 5', _urls_flags)
 def _urls(args):
     "Shards from a list of addresses."
     from mdm.data.urls import write_urls
@@ -143,15 +140,16 @@ def _shapes_flags(p):
     p.add_argument('--n', type=int, default=16_000, help='number of pictures (%(default)s)')
     p.add_argument('--size', type=int, default=32, help='side of a picture in pixels, at least 16 (%(default)s)')
     p.add_argument('--seed', type=at_least(0), default=0, help='another seed gives other pictures (%(default)s)')
-    p.add_argument('--held-out', action='store_true', help='only combinations that training never sees, instead of '
-        'only those that it does see')
+    p.add_argument('--held-out', action='store_true',
+        help='only combinations that training never sees, instead of only those that it does see')
     _add_sizes(p)
 
 @_subcommand('shapes', 'shapes on plain backgrounds, drawn on the spot',
     'Draw captioned pictures of one plain shape each: colour, shape, size, position and background, in several wordings. '
     'One combination of colour, shape and background in ten is held out of training, so that a model can be tested on '
-        'captions that it never saw.',
-    'mdm_dataset shapes data/shapes\nmdm_dataset shapes data/large --n 50000 --size 64\nmdm_dataset shapes data/test --n 500 --held-out', _shapes_flags)
+    'captions that it never saw.',
+    'mdm_dataset shapes data/shapes\nmdm_dataset shapes data/large --n 50000 --size 64\n'
+    'mdm_dataset shapes data/test --n 500 --held-out', _shapes_flags)
 def _shapes(args):
     "Shards of drawn shapes."
     if args.n < 1 or args.size < 16:
@@ -175,8 +173,9 @@ def _split_flags(p):
 
 @_subcommand('split', 'keep some pictures for validation',
     'Divide shards into FOLDER/train and FOLDER/valid. A hash of its key decides where a sample goes: it stays there '
-        'when others are added.',
-    "mdm_dataset split 'data/photos/*.tar' --output data/split\nmdm_dataset split data/photos data/more --output data/split --percent 2.5", _split_flags)
+    'when others are added.',
+    "mdm_dataset split 'data/photos/*.tar' --output data/split\n"
+    "mdm_dataset split data/photos data/more --output data/split --percent 2.5", _split_flags)
 def _split(args):
     "Divide shards into training and validation."
     from mdm.data.inspect import split_shards
@@ -199,8 +198,7 @@ def _embed_flags(p):
 
 @_subcommand('embed', 'put the captions through the text encoder',
     'Make new shards in which every caption carries its embedding, in half precision. Training on them with '
-        'data.embeddings=true needs no text encoder. '
-    'The encoder is the one of the recipe that is to be trained.',
+    'data.embeddings=true needs no text encoder. The encoder is the one of the recipe that is to be trained.',
     "mdm_dataset embed 'data/photos/*.tar' --output data/embedded --recipe cc12m_64x64\n"
     'mdm_dataset embed data/photos --output data/embedded --recipe cc12m_64x64 text.half=true --device cuda', _embed_flags)
 def _embed(args):
@@ -221,14 +219,13 @@ def _embed(args):
 def _inspect_flags(p):
     _add_files(p)
     p.add_argument('--output', metavar='FOLDER', default='inspection', help='where to write (%(default)s)')
-    p.add_argument('--pictures', metavar='N', type=at_least(0), default=24, help='how many pictures to show, drawn at '
-        'random (%(default)s)')
+    p.add_argument('--pictures', metavar='N', type=at_least(0), default=24,
+        help='how many pictures to show, drawn at random (%(default)s)')
     add_config_flags(p, FolderConfig, skip=[f.name for f in fields(FolderConfig) if f.name != 'workers'], own=None)
 
 @_subcommand('inspect', 'look into shards',
     'Read shards as training does, and report what is in them: counts, sizes of pictures, lengths of captions, and all '
-        'that cannot be used. '
-    'Writes sheet.png (some pictures with their captions), bad.tsv and counts.json.',
+    'that cannot be used. Writes sheet.png (some pictures with their captions), bad.tsv and counts.json.',
     "mdm_dataset inspect 'data/photos/*.tar'\nmdm_dataset inspect data/photos --pictures 60 --output look", _inspect_flags)
 def _inspect(args):
     "Look into shards."
@@ -247,8 +244,8 @@ def _inspect(args):
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #d6d40c51
 def _download_flags(p):
-    p.add_argument('files', metavar='FILE', nargs='+', help="addresses, with braces and (in buckets) wildcards, or "
-        "regular expressions after 're:'")
+    p.add_argument('files', metavar='FILE', nargs='+',
+        help="addresses, with braces and (in buckets) wildcards, or regular expressions after 're:'")
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the copies go')
     p.add_argument('--part', metavar='K/N', default='1/1', help='the share of the K-th of N downloaders (all of it)')
     p.add_argument('--threads', metavar='N', type=at_least(1), default=8, help='files at the same time (%(default)s)')

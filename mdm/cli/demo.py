@@ -103,14 +103,13 @@ def mdm_demo(
     "The command behind `make demo`."
     parser = make_parser('mdm_demo',
         'See the library at work without data and without a GPU: draw captioned shapes, train a nested model on them '
-            'for a few minutes, '
-        'let it draw captions whose combination of colour, shape and background was held out of training, and count '
-            'how often it is right.',
+        'for a few minutes, let it draw captions whose combination of colour, shape and background was held out of '
+        'training, and count how often it is right.',
         'mdm_demo\nmdm_demo --output elsewhere --steps 500')
     add = parser.add_argument
     add('rest', metavar='key=value', nargs='*', help='change a value of the recipe shapes, as for mdm_train')
-    add('--output', metavar='FOLDER', default='demo', help='folder; what an earlier demo left in it is replaced '
-        '(%(default)s)')
+    add('--output', metavar='FOLDER', default='demo',
+        help='folder; what an earlier demo left in it is replaced (%(default)s)')
     add('--steps', type=at_least(1), help="optimizer steps (the recipe's)")
     add('--seed', type=at_least(0, 2**62), default=0, help='of pictures, weights, noise and captions (%(default)s)')
     return run_command(parser, _demo_command, argv)

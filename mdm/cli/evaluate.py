@@ -127,9 +127,8 @@ def _evaluate_command(
 # %% ../../nbs/5_edges/10_evaluate.ipynb #679f9c29
 _about = (
     'Draw a list of captions with a trained model, or those of a validation set, and judge the pictures: prompt '
-        'accuracy where '
-    'captions are of shapes, FID, CLIP score, loss by noise level and resolution, and a gallery in one HTML file. The same '
-    'command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
+    'accuracy where captions are of shapes, FID, CLIP score, loss by noise level and resolution, and a gallery in one '
+    'HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
     'With --compare: put two such runs side by side.')
 _examples = '''mdm_evaluate shapes --captions captions.txt --output runs/judged
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000
@@ -144,25 +143,27 @@ def mdm_evaluate(
     "The command that judges models."
     parser = make_parser('mdm_evaluate', _about, _examples)
     add = parser.add_argument
-    add('checkpoint', metavar='CHECKPOINT', nargs='?', help='shapes (the bundled model), output folder of mdm_train, '
-        'one checkpoint, or a released .pth file')
-    add('--captions', metavar='FILE', help='what to draw: text with a caption a line, .jsonl with "caption", or .csv '
-        'or .tsv with such a column')
-    add('--data', metavar='FILE', nargs='+', help='validation set: shards, with braces and wildcards. For FID, for the '
-        'loss, and for the captions unless --captions names some')
+    add('checkpoint', metavar='CHECKPOINT', nargs='?',
+        help='shapes (the bundled model), output folder of mdm_train, one checkpoint, or a released .pth file')
+    add('--captions', metavar='FILE',
+        help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column')
+    add('--data', metavar='FILE', nargs='+',
+        help='validation set: shards, with braces and wildcards. For FID, for the loss, and for the captions unless '
+             '--captions names some')
     add('--limit', metavar='N', type=at_least(1), help='draw only the first so many captions')
     add('--output', metavar='FOLDER', help='folder of the run (evaluation; with --compare: comparison)')
     add('--compare', metavar=('A', 'B'), nargs=2, help='folders of two runs to compare')
     add('--name', default='', help='of the run, in table and gallery (the checkpoint)')
     judges = parser.add_argument_group('judges').add_argument
-    judges('--fid', metavar='FILE', help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features '
-        '[B,D]), the weights file of Inception v3, or the word inception to fetch that')
-    judges('--clip', metavar='FOLDER', help='CLIP score with this model: a folder in the format of Hugging Face, or a '
-        'name on its hub')
-    judges('--loss-pictures', metavar='K', type=at_least(0), default=256, help='pictures of --data for the loss by '
-        'noise level; 0: none (%(default)s)')
+    judges('--fid', metavar='FILE',
+        help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of '
+             'Inception v3, or the word inception to fetch that')
+    judges('--clip', metavar='FOLDER',
+        help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
+    judges('--loss-pictures', metavar='K', type=at_least(0), default=256,
+        help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
     judges('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
-    judges('--gallery', metavar='K', type=at_least(0), default=400, help='captions whose pictures go into the HTML '
-        'file, at most (%(default)s)')
+    judges('--gallery', metavar='K', type=at_least(0), default=400,
+        help='captions whose pictures go into the HTML file, at most (%(default)s)')
     add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, _evaluate_command, argv)

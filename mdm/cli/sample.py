@@ -76,8 +76,8 @@ _tool_flags = 'upscale', 'image', 'mask', 'strength', 'repeats'
 def _check_tool(args):
     "Refuse tool flags that do not go together, with a ValueError."
     if args.upscale and args.image:
-        raise ValueError('--upscale and --image do not go together: --upscale holds a small picture, --image begins '
-            'with a large one')
+        raise ValueError('--upscale and --image do not go together: '
+            '--upscale holds a small picture, --image begins with a large one')
     for flag in ('mask', 'strength', 'repeats'):
         if getattr(args, flag) is not None and not args.image:
             raise ValueError(f'--{flag} needs --image: name the picture to begin with')
@@ -149,11 +149,11 @@ def _sample_command(
 def _add_tool_flags(parser):
     "The flags of `choose_tool`."
     add = parser.add_argument
-    add('--upscale', metavar='PICTURE', help="enlarge this small picture, which has the size of one of the model's "
-        "inner resolutions")
+    add('--upscale', metavar='PICTURE',
+        help="enlarge this small picture, which has the size of one of the model's inner resolutions")
     add('--image', metavar='PICTURE', help="begin with this picture, which has the model's size, instead of noise")
-    add('--strength', metavar='SHARE', type=float, help='how much of --image may change, above 0 and up to 1 (0.6; '
-        'with --mask 1)')
+    add('--strength', metavar='SHARE', type=float,
+        help='how much of --image may change, above 0 and up to 1 (0.6; with --mask 1)')
     add('--mask', metavar='PICTURE', help='paint anew only what is white in this picture, and keep the rest of --image')
     add('--repeats', metavar='R', type=at_least(1),
         help='with --mask: take each step so many times, so that old and new parts agree better (1)')
@@ -165,24 +165,24 @@ def mdm_sample(
     "The command that makes pictures."
     parser = make_parser('mdm_sample',
         'Make pictures of prompts with a trained model: one sheet with all of them, and each as a PNG file that holds '
-            'its prompt, '
-        'seed and settings.',
+        'its prompt, seed and settings.',
         "mdm_sample runs/shapes 'a large red cross in the centre on a white background'\n"
-        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 "
-            "--every-resolution\n"
-        "mdm_sample runs/shapes --image cross.png --mask centre.png 'a large blue cross in the centre on a white "
-            "background'\n"
+        "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 --every-resolution\n"
+        "mdm_sample runs/shapes --image cross.png --mask centre.png "
+        "'a large blue cross in the centre on a white background'\n"
         "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
     add = parser.add_argument
-    add('checkpoint', metavar='CHECKPOINT', help='shapes (the model that comes with the library), output folder of mdm_train '
-        '(its newest checkpoint), one checkpoint, or a released .pth file')
+    add('checkpoint', metavar='CHECKPOINT',
+        help='shapes (the model that comes with the library), output folder of mdm_train (its newest checkpoint), '
+             'one checkpoint, or a released .pth file')
     add('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
     add('--n', type=at_least(1), default=4, help='pictures per prompt (%(default)s)')
     _add_tool_flags(parser)
     add('--every-resolution', action='store_true',
         help="save the smaller pictures of the model's inner resolutions too")
-    add('--output', metavar='PATH', default='samples', help='folder, where every call adds a numbered sheet and a folder of single '
-        'pictures; or a .png file for the sheet alone, which is replaced (%(default)s)')
+    add('--output', metavar='PATH', default='samples',
+        help='folder, where every call adds a numbered sheet and a folder of single pictures; '
+             'or a .png file for the sheet alone, which is replaced (%(default)s)')
     add_sampling_flags(parser)
     return run_command(parser, _sample_command, argv)

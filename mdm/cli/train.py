@@ -36,28 +36,28 @@ accelerate launch -m mdm.cli.train my_recipe.yaml data.files='[a.tar, b.tar]' tr
 
 def _parser():
     "The command line of `mdm_train`."
-    about = ('Train a text-to-image model from a recipe: one YAML file that describes model, data and training. Checkpoints, a log and '
-        'preview pictures go to the output folder. Ctrl-C saves a checkpoint before it stops; the same command, run '
-            'again, goes on. '
-        f"For several processes, start it with accelerate launch or torchrun.\n\nrecipes that come with the library:\n  {', '.join(presets())}")
+    about = ('Train a text-to-image model from a recipe: one YAML file that describes model, data and training. '
+        'Checkpoints, a log and preview pictures go to the output folder. Ctrl-C saves a checkpoint before it stops; '
+        'the same command, run again, goes on. For several processes, start it with accelerate launch or torchrun.\n\n'
+        f"recipes that come with the library:\n  {', '.join(presets())}")
     parser = make_parser('mdm_train', about, _examples)
     flag, files = parser.add_argument, dict(metavar='FILE', nargs='+', action='extend', default=[])
     flag('rest', metavar='RECIPE key=value', nargs='*',
         help='name of a preset, or a YAML file; then changes to it by dotted names, e.g. train.batch_size=8')
     flag('--data', **files, help='shards to train on, short for data.files: tar files or index TSVs, with braces and wildcards')
     flag('--valid', **files, help='shards for a validation loss after every epoch, and at the end (none)')
-    flag('--output', metavar='FOLDER', help="short for train.output (the recipe's, mostly runs/NAME); with --stages, "
-        "the folder for their folders")
+    flag('--output', metavar='FOLDER',
+        help="short for train.output (the recipe's, mostly runs/NAME); with --stages, the folder for their folders")
     flag('--minutes', metavar='M', type=float,
         help='stop after M minutes, if the steps of the recipe are not done by then')
-    flag('--resume', action='store_true', help='insist on going on with an earlier part of this training; with '
-        '--output, RECIPE may be left out')
-    flag('--overwrite', action='store_true', help='replace the checkpoints, previews and log of an earlier training in '
-        'the output folder')
+    flag('--resume', action='store_true',
+        help='insist on going on with an earlier part of this training; with --output, RECIPE may be left out')
+    flag('--overwrite', action='store_true',
+        help='replace the checkpoints, previews and log of an earlier training in the output folder')
     flag('--stages', metavar='A,B,...',
         help='instead of RECIPE: grow a model through several recipes (64,256,1024: the cc12m presets); 256:key=value changes one of them')
-    flag('--dry-run-steps', metavar='N', type=int, help='take N steps, on noise if there are no data, print time and '
-        'memory, and write nothing')
+    flag('--dry-run-steps', metavar='N', type=int,
+        help='take N steps, on noise if there are no data, print time and memory, and write nothing')
     return parser
 
 # %% ../../nbs/5_edges/06_train.ipynb #492c3e39

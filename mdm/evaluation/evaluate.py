@@ -55,12 +55,12 @@ def _check(pipe, captions, data, config):
 def _captions_to_draw(pipe, captions, data, config):
     "The captions of the run: those given, or those of the data."
     if not captions:
-        captions = chain.from_iterable(o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size,
-            config.limit))
+        captions = chain.from_iterable(
+            o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size, config.limit))
     captions = list(captions)[:config.limit]
     if config.fid and len(captions) < 20:
-        raise ValueError('FID needs at least 20 drawn pictures, and thousands to mean something; there are '
-            f'{len(captions)} captions')
+        raise ValueError('FID needs at least 20 drawn pictures, and thousands to mean something; '
+            f'there are {len(captions)} captions')
     return captions
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #8225b96b
@@ -96,15 +96,15 @@ def _measure(pipe, folder, captions, data, config, extractor, clip, progress):
         return counted(((b, load_pictures(folder, b)) for b in blocks), what, progress)
     found = {}
     if config.fid:
-        found['real'] = share(f'real-{key}', lambda: extract_features(extractor, real('features of real pictures'),
-            pipe.device))
-        found['drawn'] = share(f'drawn-{key}', lambda: extract_features(extractor, drawn('features of drawn pictures'),
-            pipe.device))
+        found['real'] = share(f'real-{key}',
+            lambda: extract_features(extractor, real('features of real pictures'), pipe.device))
+        found['drawn'] = share(f'drawn-{key}',
+            lambda: extract_features(extractor, drawn('features of drawn pictures'), pipe.device))
     if config.clip:
         found['clip'] = share(f'clip-{key}', lambda: _clip_part(clip, drawn('CLIP score'), captions, pipe.device))
     if data and config.loss_pictures:
-        found['loss'] = share(f'loss-{key}', lambda: level_losses(pipe, real('loss', config.loss_pictures),
-            config.levels))
+        found['loss'] = share(f'loss-{key}',
+            lambda: level_losses(pipe, real('loss', config.loss_pictures), config.levels))
     return found
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #9718d6dc
@@ -164,8 +164,8 @@ def _results(folder, pipe, captions, data, config, settings, parts, networks):
     judges = {k: dict(source=getattr(config, k), weights=fingerprint(net)) for k, net in networks.items()}
     return with_earlier(folder, dict(
         format=1, name=config.name or folder.name, settings=settings, data=data and list(map(redact, data)),
-        files=files, judges=judges,
-        warnings=[o['warning'] for o in scores.values() if o.get('warning')], scores=scores, loss=loss, captions=captions, found=found))
+        files=files, judges=judges, warnings=[o['warning'] for o in scores.values() if o.get('warning')],
+        scores=scores, loss=loss, captions=captions, found=found))
 
 def _write(folder, results, embed):
     "Write the files of a judged run, and remove what is not needed any more."
@@ -195,8 +195,8 @@ def evaluate(
     captions = _captions_to_draw(pipe, captions, data, config)
     settings = run_settings(pipe, captions, sample, config.seed, config.negative_prompt)
     folder = claim_run(folder, settings, captions)
-    sample_missing(pipe, folder, captions, sample, config.seed, config.negative_prompt, config.batch_size, rank, world,
-        progress)
+    sample_missing(pipe, folder, captions, sample, config.seed, config.negative_prompt, config.batch_size,
+        rank, world, progress)
     parts = _measure(pipe, folder, captions, data, config, extractor, clip, progress)
     if rank: return
     wait_for(picture_path(folder, i) for i in range(len(captions)))

@@ -44,7 +44,7 @@ def score_note(
     key:str, # name of a score
     o:dict, # the score
 )->str: # e.g. '1,000 drawn, 5,000 real'
-    "The number of pictures that a score is of."
+    "The number of pictures that a score was measured on."
     text = f"{o['n']:,}" + (f" drawn, {o['real']:,} real" if 'real' in o else '')
     if o.get('infinity') is not None: text += f"; {score_text(key, o['infinity'])} if there were infinitely many"
     return text

@@ -59,8 +59,8 @@ def run_settings(
     recipe = pipe.recipe
     settings = dict(
         weights=fingerprint(pipe.model), captions=short_hash(captions), pictures=len(captions),
-        image_size=recipe.data.image_size,
-        text_encoder=recipe.text.encoder, bf16=pipe.bf16, seed=seed, negative_prompt=negative_prompt, **asdict(config or recipe.sample))
+        image_size=recipe.data.image_size, text_encoder=recipe.text.encoder, bf16=pipe.bf16,
+        seed=seed, negative_prompt=negative_prompt, **asdict(config or recipe.sample))
     return json.loads(json.dumps(settings))
 
 # %% ../../nbs/4_use/03_runs.ipynb #f66e62e8
@@ -94,8 +94,8 @@ def claim_run(
     other = sorted(p.name for p in folder.iterdir()
         if p.name[0] != '.' and p.name not in ('pictures', 'parts')) if folder.is_dir() else []
     if other:
-        raise FileExistsError(f'{folder} holds something that is not a run of this command ({other[0]}): choose '
-            'another folder')
+        raise FileExistsError(f'{folder} holds something that is not a run of this command ({other[0]}): '
+            'choose another folder')
     (folder/'pictures').mkdir(parents=True, exist_ok=True)
     with atomic_write(folder/'run.json') as f:
         f.write(json.dumps(dict(settings=settings, captions=captions), indent=1).encode())

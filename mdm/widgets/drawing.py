@@ -71,7 +71,7 @@ def film(
     clean:bool=True, # the predicted clean pictures (x_0), or the noisy ones (x_t)
     inner:bool=True, # the inner resolutions too
 )->bytes: # a GIF file
-    "The way from noise to picture as a film."
+    "The path from noise to picture as a film."
     moments = []
     for k in range(max(len(s.frames) for s in sides)):
         frames = [s.frames[min(k, len(s.frames) - 1)] for s in sides]

@@ -539,8 +539,8 @@ def _links(self:SamplerWidget, run):
     for i, side in enumerate(pictures):
         for k, picture in enumerate(side):
             data = png_bytes(Image.fromarray(picture), **settings.png_info(k, i))
-            links.append(download_link(f'{name(k)}{"_b" if i else ""}.png', data, f'{"second, " if i else ""}seed '
-                f'{settings.seed + k}'))
+            links.append(download_link(f'{name(k)}{"_b" if i else ""}.png', data,
+                f'{"second, " if i else ""}seed {settings.seed + k}'))
     return links
 
 # %% ../../nbs/4_use/08_sampler_widget.ipynb #c504483e
