@@ -7,20 +7,7 @@ from mdm.checkpoint import checkpoint_formats, find_checkpoint, load_checkpoint,
 from mdm.utils.files import atomic_folder, bundled, readable
 from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe, save_recipe
-
-tiny = ['model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
-        'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']
-
-@pytest.fixture(scope='module')
-def recipe(): return load_recipe('shapes', tiny)
-
-@pytest.fixture(scope='module')
-def model(recipe): torch.manual_seed(0); return create_model(recipe.model, 8)
-
-@pytest.fixture
-def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
-
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+from tiny_models import model, recipe, same, state, tiny
 
 # ---- our format
 

@@ -11,27 +11,7 @@ from mdm.recipe import load_recipe
 from mdm.training.callbacks import *
 from mdm.training.learner import *
 from test_callbacks import Waits
-
-small = '''data.image_size=16 model.channels=[8,16] model.num_groups=8 model.inner.num_groups=8 model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16
-    model.inner.time_dim=16 text.dim=16 train.batch_size=4 train.warmup_steps=0 train.preview_prompts=[] data.workers=0 data.shuffle=8 sample.steps=1 train.bf16=false train.lr_schedule=constant train.optimizer=adamw'''.split()
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory): return [str(p) for p in write_shapes(tmp_path_factory.mktemp('data'), 24, 16, per_shard=12)]
-
-@pytest.fixture
-def make(data, tmp_path):
-    "A learner, with changes to a small recipe."
-    def f(*changes, dls=None, cbs=None):
-        recipe = load_recipe('shapes', [*small, f'train.output={tmp_path/"run"}', *changes])
-        recipe.data.files = data
-        torch.manual_seed(0)
-        return mdm_learner(dls or create_dls(recipe.data, recipe.train.batch_size, seed=0), recipe, cbs)
-    return f
-
-def fit(learn, n, *cbs):
-    torch.manual_seed(1)
-    with learn.no_bar(), learn.no_logging(): learn.fit_steps(n, cbs=cbs)
-    return learn
+from tiny_models import data, fit, make, small
 
 def test_an_epoch_without_a_batch_is_an_error(make):
     learn = make(dls=DataLoaders(DataLoader([], bs=4), DataLoader([], bs=4), device=torch.device('cpu')))

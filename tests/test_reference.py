@@ -9,6 +9,7 @@ from mdm.recipe import RecipeError, build_recipe, load_recipe
 from mdm.reference.checkpoints import StandIn, UnsafeCheckpoint, convert, load_released, save_released
 from mdm.reference.recipes import from_reference, is_reference, to_reference, translate
 from mdm.utils.files import bundled, presets
+from tiny_models import model, recipe, same, state, tiny
 
 here = Path(__file__).parent
 
@@ -85,20 +86,6 @@ def test_to_reference_is_understood(name):
 
 def test_to_reference_refuses_what_it_cannot_say():
     with pytest.raises(RecipeError, match='model.inner.num_heads: found 4, expected 8'): to_reference(load_recipe('shapes', ['model.inner.num_heads=4']))
-
-tiny = ['model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
-        'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']
-
-@pytest.fixture(scope='module')
-def recipe(): return load_recipe('shapes', tiny)
-
-@pytest.fixture(scope='module')
-def model(recipe): torch.manual_seed(0); return create_model(recipe.model, 8)
-
-@pytest.fixture
-def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
-
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 # ---- the reference's files: benign
 

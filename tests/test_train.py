@@ -20,31 +20,11 @@ from mdm.training.learner import build_model, mdm_learner, output_callbacks
 from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe, save_recipe
 from mdm.text import TextConfig
-
-small = '''data.image_size=16 model.channels=[8,16] model.num_groups=8 model.inner.num_groups=8 model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16
-    model.inner.time_dim=16 text.dim=16 train.batch_size=4 train.warmup_steps=0 train.preview_prompts=[] data.workers=0 data.shuffle=8 sample.steps=1 train.bf16=false train.lr_schedule=constant train.optimizer=adamw'''.split()
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory): return [str(p) for p in write_shapes(tmp_path_factory.mktemp('data'), 24, 16, per_shard=12)]
-
-@pytest.fixture
-def make(data, tmp_path):
-    "A learner, with changes to a small recipe."
-    def f(*changes, cbs=None, **kwargs):
-        recipe = load_recipe('shapes', [*small, f'train.output={tmp_path/"run"}', *changes])
-        recipe.data.files = data
-        torch.manual_seed(0)
-        return mdm_learner(create_dls(recipe.data, recipe.train.batch_size, seed=0), recipe, cbs, **kwargs)
-    return f
+from tiny_models import data, fit, make, small
 
 def plain_sgd(learn):
     "Use SGD, whose steps are in proportion to the gradients; Adam's first steps make much of small differences."
     learn.opt_func = partial(OptimWrapper, opt=SGD)
-    return learn
-
-def fit(learn, n, *cbs):
-    torch.manual_seed(1)
-    with learn.no_bar(), learn.no_logging(): learn.fit_steps(n, cbs=cbs)
     return learn
 
 def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
