@@ -1,5 +1,5 @@
 "What holds for the project as a whole: notebooks, modules, README and packaging agree, and the house rules are kept."
-import ast, importlib, inspect, json, os, re, shutil, subprocess, sys
+import ast, importlib, inspect, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from dataclasses import is_dataclass
 from itertools import chain
@@ -284,6 +284,21 @@ def test_commands_exist():
     for target in scripts.values():
         module, function = target.split(':')
         assert callable(getattr(importlib.import_module(module), function)), target
+
+def test_wheel_holds_everything(tmp_path):
+    "Presets, the bundled model, templates and style sheets are in the wheel, which has the name of the distribution; none of the messages names another one."
+    for p in tracked():
+        if p.relative_to(root).parts[0] in ('nbs', 'tests'): continue
+        (to := tmp_path/'src'/p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(p, to)
+    run(Path(sys.executable).name, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path/'out', '.', cwd=tmp_path/'src')
+    wheel, = (tmp_path/'out').glob('*.whl')
+    assert wheel.name.startswith(settings['lib_name'].replace('-', '_') + '-')
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = [p.relative_to(root).as_posix() for p in tracked() if p.relative_to(root).parts[0] == 'mdm']
+    report([o for o in wanted if o not in held], 'The wheel holds every file of mdm/')
+    assert any(o.endswith('.css') for o in held) and any(o.endswith('.jinja') for o in held) and any('/bundled/' in o for o in held)
+    report([f'{o.relative_to(root)}' for o in modules if re.search(r"pip install ['\"]?mdm", o.read_text(encoding='utf-8'))], "A message names the distribution, not 'mdm', which is somebody else's")
 
 def test_version_is_one():
     import mdm

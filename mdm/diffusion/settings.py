@@ -26,9 +26,10 @@ class SampleConfig:
     solver: Solver = 'unipc'                    # how a step is taken: unipc and dpm++2m need the fewest
     eta: Share = 0.                             # ddim only: share of the noise to renew at every step; 1: as much as ddpm
     threshold: Threshold = 'clip'               # how predicted pictures are kept in range: cut, or scaled (dynamic)
-    spacing: Spacing = 'logsnr'                 # which steps: even in log-SNR, even in time, or that from step N on
+    spacing: Spacing = 'logsnr'                 # which steps are taken: even in log-SNR, even in time (uniform), or even in time from step N on (trailing)
     guidance_interval: tuple[Share, Share] = (0., 1.) # guide only within these shares of the steps; 0 is clean, 1 is noise
     guidance_rescale: Share = 0.                # share of the contrast added by guidance that is taken back
+
     def rules(self):
         low, high = self.guidance_interval
         solver = f"0: only {{place}}.solver = 'ddim' takes a share of fresh noise, and it is {self.solver!r}"
