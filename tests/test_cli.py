@@ -142,9 +142,10 @@ def test_minutes(data, tmp_path, call):
 
 def test_ctrl_c_while_training(monkeypatch, data, tmp_path, call):
     class PressCtrlC(mdm.training.resume.Stop):
+        name = 'stop'                                                     # as fastai calls it on the learner
         def before_batch(self):
             if self.learn.steps == 2: os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(mdm.training.run, 'Stop', PressCtrlC)
+    monkeypatch.setattr('mdm.training.run.Stop', PressCtrlC)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     code, out, err = call(mdm_train, 'shapes', *tiny, '--data', *data, '--output', tmp_path/'run')
     assert code == 130 and len(out.splitlines()) == 1 and before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
