@@ -101,7 +101,7 @@ class RecipeError(ConfigError):
 def valid_keys(
     depth:int=0, # networks around the innermost one
 )->list[str]: # e.g. 'train.batch_size'
-    "Every dotted key of a recipe whose model has `depth` nestings."
+    "Every dotted key of a recipe whose model has `depth` networks around the innermost one."
     classes = {'model' + '.inner'*i: NestedUNetConfig for i in range(depth)}
     classes |= {'model' + '.inner'*depth: UNetConfig, **sections}
     keys = ['name', 'model', *sections]

@@ -214,7 +214,7 @@ def check_embeddings(
     if why := encoder_differences(entry, wanted):
         raise ValueError(
             f"the shards hold embeddings of the text encoder {entry['encoder']!r}, but the recipe wants "
-                f"{config.encoder!r}, "
+            f"{config.encoder!r}, "
             f'and they differ (stored and wanted: {why}): embed the shards again with the recipe\'s encoder '
             '(mdm_dataset embed), set text.encoder and its neighbours to what is stored, or set data.embeddings=false')
 

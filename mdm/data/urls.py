@@ -197,8 +197,8 @@ def _download(urls, threads, timeout, retries):
         with pa.ipc.new_file(chunk, table.schema) as f: f.write_table(table)
         fetcher = downloader.Downloader(
             sample_writer_class=Collect, resizer=as_it_came, thread_count=max(1, min(threads, len(urls))),
-            timeout=timeout,
-            output_folder=scratch, number_sample_per_shard=max(len(urls), 10), retries=retries, **_OPTIONS)
+            timeout=timeout, output_folder=scratch, number_sample_per_shard=max(len(urls), 10), retries=retries,
+            **_OPTIONS)
         fetcher.download_shard((0, chunk))
     return [got.get(n, 'it was lost') for n in range(len(urls))]
 
@@ -249,8 +249,7 @@ def check_network(
     reason = next(o for *_, o in done if str(o) != NO_ADDRESS)
     raise ConnectionError(
         f'none of the {len(owners)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered '
-            f'({reason}): '
-        'check the network, then give the same command again to go on from here. '
+        f'({reason}): check the network, then give the same command again to go on from here. '
         'If these servers are all gone for good, --no-network-check leaves their pictures out')
 
 # %% ../../nbs/2_data/09_urls.ipynb #de9faaca

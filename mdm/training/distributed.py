@@ -68,7 +68,8 @@ def peer_errors(): # a context, or a decorator
         text = ' '.join(str(e).split())[-200:]
         raise ConnectionError(
             f'process {dist.get_rank()}: another process of this training has ended, or does not answer any more ({text}). '
-            'Its own last message gives the reason. The last checkpoint is whole: run the same command again to go on from it') from e
+            'Its own last message gives the reason. The last checkpoint is whole: run the same command again to go on '
+            'from it') from e
 
 # %% ../../nbs/3_training/07_distributed.ipynb #0f30a1a9
 @peer_errors()

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from ..recipe import Recipe, recipe_dict
 from .callbacks import Every, callback_order
-from .distributed import RankLoader, flat_dict, gather_objects, is_distributed, max_over_ranks, peer_errors, rank_seed
+from .distributed import (RankLoader, flat_dict, gather_objects, is_distributed, max_over_ranks,
+                                      peer_errors, rank_seed)
 from .sharded import full_model_state, full_optimizer_state, load_optimizer_state
 from ..utils.files import atomic_write
 from ..utils.ranks import is_main, rank_and_world
@@ -106,7 +107,8 @@ def save_training(
     if log and log.rows: others['log'] = torch.stack(log.rows)         # losses since the last line of the log
     first = averages.pop(learn.moving_average.decays[0])
     return save_checkpoint(
-        folder, learn.recipe, first, raw, learn.steps, averages, {'optimizer': of_optimizer, 'training': others}, training=facts)
+        folder, learn.recipe, first, raw, learn.steps, averages, {'optimizer': of_optimizer, 'training': others},
+        training=facts)
 
 # %% ../../nbs/3_training/08_resume.ipynb #4d444fc6
 def _load_counters(learn, facts, others):
@@ -280,8 +282,7 @@ def agree(self:Stop):
 @patch
 def after_batch(self:Stop):
     if getattr(getattr(self.learn, 'accumulate', None), 'count', 0): return      # in the middle of a step
-    if not self.training and (is_distributed() or not self.fitting):
-        return      # processes need not have equally many batches here
+    if not self.training and (is_distributed() or not self.fitting): return      # numbers of batches may differ here
     code = self.learn.dl.noted if is_distributed() else self.code()
     if not code: return
     self.reason = _reasons[code]

@@ -111,7 +111,7 @@ def opening_line(
     limit = f' or {minutes:g} minutes' if minutes else ''
     return (
         f'{r.name}: {weights/1e6:.1f} million weights, {sizes} pixels; {data.total:,} pictures in {files} '
-            f'file{"s"*(files > 1)}; '
+        f'file{"s"*(files > 1)}; '
         f'{batch} on {learn.dls.device}{each}, {data.world*r.train.batch_size*r.train.accumulate} pictures per step, '
         f'{r.train.steps:,} steps{limit}, into {r.train.output}')
 
@@ -143,7 +143,8 @@ def _own_folder(lock, folder):
     "Take a new folder, unless another run was faster."
     lock.enter_context(only_writer(folder))
     if earlier_run(folder):
-        raise FileExistsError(f'another run has written into {folder} meanwhile: give the same command again to go on from there')
+        raise FileExistsError(f'another run has written into {folder} meanwhile: give the same command again to go on '
+            'from there')
 
 def prepare_training(
     recipe:Recipe, # what to train
@@ -216,7 +217,7 @@ def closing_line(
     prompt = t.preview_prompts[0] if t.preview_prompts else 'a caption like yours'
     return (
         f"{steps} step{'s'*(learn.steps != 1)} in {learn.seconds:.0f} s, {speed:.1f} pictures/s{loss}; checkpoint "
-            f"{learn.checkpoints.saved}. "
+        f"{learn.checkpoints.saved}. "
         f'Now try: mdm_sample {shlex.quote(str(folder))} {shlex.quote(prompt)}')
 
 # %% ../../nbs/3_training/10_run.ipynb #4ff33a38

@@ -9,7 +9,8 @@ __all__ = ['shard_model', 'is_sharded', 'average_gradients', 'local_tensors', 'f
 # %% ../../nbs/3_training/04_sharded.ipynb #26bda6ce
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from ..models.layers import Attention, ResNet, TextBlock

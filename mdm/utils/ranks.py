@@ -17,5 +17,5 @@ def rank_and_world()->tuple[int, int]: # (number of this process, number of proc
 
 # %% ../../nbs/0_ground/02_ranks.ipynb #b002b785
 def is_main()->bool:
-    "Is this rank 0, the process that writes files and messages? A process that is alone is."
+    "Is this rank 0, the process that writes files and messages? True for a process that is alone."
     return rank_and_world()[0] == 0
