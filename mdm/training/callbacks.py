@@ -391,8 +391,8 @@ def act(self:StepLog):
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #fcf1d3e7
 def shows_bars()->bool:
-    "Can a progress bar move where messages of this process go?"
-    return IN_NOTEBOOK or sys.stderr.isatty()
+    "Can a progress bar move where messages of this process go? `TQDM_DISABLE=1` turns bars off."
+    return not os.environ.get('TQDM_DISABLE') and (IN_NOTEBOOK or sys.stderr.isatty())
 
 @patch
 def summary(self:StepLog)->str: # e.g. 'loss 0.12 (2x 0.2, 1x 0.1), 16 pictures/s, lr 0.001, gradient 0.5, 2.1 GB'
