@@ -156,7 +156,7 @@ def find_shards(
     with ThreadPoolExecutor(8) as pool:
         manifests = _manifests(files, pool)
         def find(f): return shard_format(f.name).find(f, manifests.get(resolve_sibling(f.path, MANIFEST), {}))
-        shards = dict(zip(turned, tqdm(pool.map(find, turned), 'counting samples', len(turned), leave=False, delay=3)))
+        shards = dict(zip(turned, tqdm(pool.map(find, turned), 'counting samples', len(turned), leave=False, delay=3, disable=None)))
     for f, k in zip(files, sources):
         for s in shards[f]: s.source = k
     return [s for f in files for s in shards[f] if s.count]
