@@ -109,7 +109,7 @@ def _score_table(results):
     "The scores of one run as (head, rows)."
     rows = [(score_label(k), score_text(k, o['value'], o['se']), score_note(k, o))
         for k, o in results['scores'].items()]
-    return ('judge', 'score ± standard error', 'of'), rows
+    return ('judge', 'score ± standard error', 'pictures'), rows
 
 def _notes(runs, notes, cards, embed):
     "Remarks above the pictures, each once."
