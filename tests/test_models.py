@@ -88,7 +88,7 @@ def test_parameters_are_numbered_as_files_of_trainings_number_them():
     assert outer == ['inner_unet', *shared, 'in_adapter', 'out_adapter', *last]
 
 def test_a_gpu_would_run_the_networks():
-    with FakeTensorMode(), torch.device('cuda'):
+    with FakeTensorMode(), torch.device('cuda'), torch.no_grad():
         inner = small(num_text_layers=1, text_proj_dim=16, micro_conditioning={'scale': 8.})
         model = create_model(nest(inner, micro_conditioning={'scale': 16.}), 8)
         x = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8)]           # a mixed batch
