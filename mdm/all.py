@@ -16,7 +16,8 @@ from .text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_e
 from .utils.pictures import contact_sheet, from_pil, pixels_to_signal, signal_to_pixels, to_pil
 
 # %% ../nbs/5_edges/12_all.ipynb #1c789b2f
-from .data.shapes import Shape, judge, parse_caption, prompt_accuracy, shapes_captions, write_shapes
+from .data.shapes import Shape, parse_caption, shapes_captions, write_shapes
+from .data.shapes_judge import judge, prompt_accuracy, shapes_report
 from .data.files import download, find_files
 from .data.stream import DataConfig
 from .data.loader import create_dls, create_loader

@@ -10,7 +10,7 @@ from mdm.data import configs, shards
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import read_samples
 from mdm.data.samples import BAD_PICTURE, NO_CAPTION
-from mdm.data.shapes import held_out, parse_caption, shapes_captions, write_shapes
+from mdm.data.shapes import Shape, attributes, held_out, shapes_captions, write_shapes
 
 @pytest.fixture
 def call(capsys, monkeypatch):
@@ -140,7 +140,8 @@ def test_shapes(tmp_path, call):
     assert names(tmp_path/'d') == ['manifest.json', *(f'shapes-{k:06d}.tar' for k in range(3)), 'skipped.tsv']
     got = [s for *_,s in read_samples(find_tars(tmp_path/'d'))]
     captions = [s['txt'].decode() for s in got]
-    assert captions == shapes_captions(10, seed=3) and all(held_out(parse_caption(c)) for c in captions)
+    facts = [json.loads(s['json']) for s in got]
+    assert captions == shapes_captions(10, seed=3) and all(held_out(Shape(**{k: o[k] for k in attributes})) for o in facts)
     assert Image.open(io.BytesIO(got[0]['png'])).size == (16, 16)
     write_shapes(tmp_path/'same', 10, 16, 3, 4, True)
     assert got == [s for *_,s in read_samples(find_tars(tmp_path/'same'))]

@@ -4,7 +4,8 @@ from dataclasses import fields
 import numpy as np, pytest, torch
 from PIL import Image
 from mdm.checkpoint import save_checkpoint
-from mdm.data.shapes import prompt_accuracy, shapes_captions
+from mdm.data.shapes import shapes_captions
+from mdm.data.shapes_judge import prompt_accuracy
 from mdm.diffusion.settings import SampleConfig
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline

@@ -1,4 +1,4 @@
-"Edge cases of mdm.data.shapes that the notebook spares its reader"
+"Edge cases of mdm.data.shapes and its judge that the notebooks spare their readers"
 import hashlib, io, json, os, random, tarfile
 from collections import Counter
 from itertools import product
@@ -6,6 +6,7 @@ import numpy as np, pytest, torch, webdataset
 from PIL import Image, ImageFilter
 from mdm.data import shapes as D
 from mdm.data.shapes import *
+from mdm.data.shapes_judge import *
 from mdm.utils.pictures import contact_sheet
 
 @pytest.fixture(autouse=True, scope='module')
@@ -31,7 +32,7 @@ def test_the_border_is_background(size_px):
         a = np.array(draw(s, size_px, random.Random(i))).astype(int)
         rim = np.concatenate([a[0], a[-1], a[:,0], a[:,-1]])
         assert (rim==rim[0]).all(), s
-        assert np.abs(rim[0]-np.array(colours[s.background])).max() <= 8
+        assert np.abs(rim[0]-np.array(colours[s.background])).max() <= D.jitter['colour']
 
 @pytest.mark.parametrize('size_px', [32, 64])
 def test_shape_is_where_it_is_said_to_be(size_px):
@@ -53,25 +54,38 @@ def test_jitter_varies_and_repeats():
 # captions
 
 def test_every_caption_can_be_read_back():
-    words = set()
-    for s in all_shapes():
-        for w,p in product(D._wordings, D._where[s.position]):
-            text = w.format(where=p, **vars(s)); words.add(text.replace(s.colour,''))
-            assert parse_caption(text)==s, text
-    assert len({caption(s, random.Random(i)) for i in range(400)})==len(D._wordings)*len(D._where[s.position])
+    rng = random.Random(0)
+    for s in all_shapes()[::3]:
+        assert parse_caption(caption(s)) == vars(s)
+        for _ in range(3):
+            said = choose_said(rng)
+            text = caption(s, rng, said)
+            assert parse_caption(text) == {k: getattr(s, k) for k in said}, text
+            assert text == ' '.join(text.split()) and ' ,' not in text
+
+def test_wordings_differ():
+    s = all_shapes()[0]
+    assert len({caption(s, random.Random(i)) for i in range(400)}) >= 10
+    for said in (('colour',), ('position',), ('size', 'background'), ('shape', 'position', 'background')):
+        assert len({caption(s, random.Random(i), said) for i in range(200)}) >= 3, said
+
+@pytest.mark.parametrize('text, said', [
+    ('a red circle', dict(colour='red', shape='circle')), ('Red circle.', dict(colour='red', shape='circle')),
+    ('a circle on red', dict(shape='circle', background='red')), ('black', dict(colour='black')),
+    ('something in the middle', dict(position='centre')), ('a small red circle on a red circle', None),
+    ('a red shape on the right', dict(colour='red', position='right')),
+    ('the background is white', dict(background='white'))])
+def test_short_captions(text, said):
+    if said is None: said = dict(size='small', colour='red', shape='circle')
+    assert parse_caption(text) == said
 
 @pytest.mark.parametrize('text, wrong', [
-    ('', 'no colour of the shape'), ('a dog on a sofa', 'no colour of the shape'),
-    ('a small red circle at the top on blue', 'more than one colour'),
-    ('a small red circle at the top', 'no background'),
-    ('a small circle at the top on a blue background', 'no colour of the shape'),
-    ('a small red at the top on a blue background', 'no shape'),
-    ('a small red circle on a blue background', 'no position'),
-    ('a red circle at the top on a blue background', 'no size'),
-    ('a small large red circle at the top on a blue background', 'more than one size'),
-    ('a small red circle at the top at the bottom left on a blue background', 'more than one position'),
+    ('', 'names no attribute'), ('a dog on a sofa', "'dog'"), ('a picture of something', 'names no attribute'),
+    ('a small red circle at the top on blue, yellow background', 'more than one background'),
+    ('a red green circle', 'more than one colour'), ('a small redcircle', "'redcircle'"),
+    ('a small large red circle', 'more than one size'), ('a circle at the top, a cross', 'more than one shape'),
+    ('a small red circle at the top at the bottom left', 'more than one position'),
     ('a small red circle at the top on a blue background, white background', 'more than one background'),
-    ('a small redcircle at the top on a blue background', 'no colour of the shape'),
     ('a small blue circle at the top on a blue background', 'cannot be seen')])
 def test_unreadable_caption(text, wrong):
     with pytest.raises(ValueError, match=wrong): parse_caption(text)
@@ -85,7 +99,7 @@ def test_held_out_is_the_same_everywhere():
     "Fixed figures: a change here would leak test combinations into checkpoints trained before it"
     held = sorted({f'{s.colour} {s.shape} {s.background}' for s in all_shapes(True)})
     assert (len(held), hashlib.sha256('\n'.join(held).encode()).hexdigest()[:16]) == (22, '79e3f87f45521e40')
-    assert shapes_captions(2, seed=0) == ['a black background with a large yellow circle in the top left corner', 'a white background with a large black circle on the left']
+    assert shapes_captions(2, seed=0) == ['a picture of a yellow circle at the top left', 'a picture of a large black circle, with a white background']
 
 def test_held_out_leaves_training_every_pair_of_words():
     for a,b in (('colour','shape'), ('colour','background'), ('shape','background')):
@@ -103,8 +117,8 @@ def test_shards(tmp_path):
     samples = list(webdataset.WebDataset([str(p) for p in paths], shardshuffle=False))
     assert len(samples)==25 and len({o['__key__'] for o in samples})==25
     for o in samples:
-        meta,shape = json.loads(o['json']), parse_caption(o['txt'].decode())
-        assert meta.pop('caption')==o['txt'].decode() and Shape(**meta)==shape and not held_out(shape)
+        meta,said = json.loads(o['json']), parse_caption(o['txt'].decode())
+        assert meta.pop('caption')==o['txt'].decode() and not held_out(shape := Shape(**meta)) and said.items() <= meta.items()
         picture = Image.open(io.BytesIO(o['png']))
         assert picture.size==(48,48) and picture.mode=='RGB' and judge(picture)==shape
     assert [o['txt'].decode() for o in samples]==shapes_captions(25, seed=3, held_out=False)
@@ -119,8 +133,8 @@ def test_shards_repeat_to_the_byte(tmp_path):
 
 def test_held_out_shards(tmp_path):
     p, = write_shapes(tmp_path, 20, held_out=True)
-    with tarfile.open(p) as t: texts = [t.extractfile(m).read().decode() for m in t if m.name.endswith('.txt')]
-    assert len(texts)==20 and all(held_out(parse_caption(o)) for o in texts)
+    with tarfile.open(p) as t: facts = [json.loads(t.extractfile(m).read()) for m in t if m.name.endswith('.json')]
+    assert len(facts)==20 and all(held_out(Shape(**{k: o[k] for k in attributes})) for o in facts)
 
 def test_no_half_written_shard(tmp_path, monkeypatch):
     real = D.shape_sample
@@ -147,20 +161,33 @@ def test_impossible_numbers(tmp_path, wrong):
 
 # the judge
 
-@pytest.mark.parametrize('size_px', [32, 40, 48, 64, 100, 128])
+@pytest.mark.parametrize('size_px', [16, 32, 40, 48, 64, 100, 128])
 def test_judge_on_drawings(size_px):
-    assert min(prompt_accuracy(*drawings(500, size_px)).values()) >= .99
+    accuracy = prompt_accuracy(*drawings(200, size_px))
+    assert min(v for k, v in accuracy.items() if k != 'all') >= .99
+    if size_px in (16, 32, 64, 128): assert accuracy['all'] == 1       # other sizes do not divide evenly, which blurs
 
 def test_judge_knows_the_whole_world():
-    world = all_shapes()
-    assert sum(a==b for a,b in zip(judge_all([draw(s) for s in world]), world)) >= .99*len(world)
+    world = all_shapes()[::3]
+    assert judge_all([draw(s) for s in world]) == list(world)
 
-@pytest.mark.parametrize('noise, blur', [(20,0), (40,0), (0,.5), (0,1), (20,1)])
-def test_judge_bears_noise_and_blur(noise, blur):
-    pictures,captions = drawings(500)
+@pytest.mark.parametrize('noise, blur', [(20,0), (40,0), (0,1), (20,1)])
+def test_noise_and_blur_leave_the_words_and_spoil_the_drawing(noise, blur):
+    pictures,captions = drawings(200)
     a = array([p.filter(ImageFilter.GaussianBlur(blur)) for p in pictures])
     a = (a+np.random.default_rng(0).normal(0, noise, a.shape)).clip(0,255).astype(np.uint8)
-    assert min(prompt_accuracy(a, captions).values()) >= .98
+    accuracy = prompt_accuracy(a, captions)
+    assert min(v for k, v in accuracy.items() if k != 'all') >= .97
+    assert accuracy['all'] < (.2 if noise else .8)
+
+def test_two_ghosts_are_not_clean():
+    "The mean of two possible pictures is no clean drawing in the colours of the caption"
+    rng = random.Random(0)
+    for _ in range(40):
+        a, b = (rng.choice(agreeing(dict(colour='red', background='white'))) for _ in range(2))
+        if a.shape == b.shape and a.position == b.position: continue
+        mixed, = read_pictures([Image.blend(draw(a, 32, rng), draw(b, 32, rng), .5)])
+        assert not said_marks(mixed, dict(colour='red', background='white'))['all'], (a, b, mixed)
 
 def test_judge_ignores_a_stray_blob():
     "A spot away from the shape changes nothing"
@@ -190,11 +217,13 @@ def test_a_wrong_attribute_is_seen(attribute):
 def test_shuffled_captions_are_chance():
     pictures,captions = drawings(1000)
     accuracy = prompt_accuracy(pictures, random.Random(1).sample(captions, 1000))
-    said = [vars(parse_caption(c)) for c in captions]
+    said, shown = [parse_caption(c) for c in captions], judge_all(pictures)
     for k in attributes:
-        chance = sum((v/1000)**2 for v in Counter(o[k] for o in said).values())
-        assert abs(accuracy[k]-chance) < 4*(chance*(1-chance)/1000)**.5, k
-    assert accuracy['all'] < .01
+        named, seen = Counter(o[k] for o in said if k in o), Counter(getattr(o, k) for o in shown)
+        n = sum(named.values())
+        chance = sum(v/n*seen[w]/1000 for w, v in named.items())
+        assert abs(accuracy[k]-chance) < 4*(chance*(1-chance)/n)**.5, k
+    assert accuracy['all'] < .2                               # captions that name one attribute are often right by chance
 
 def test_every_kind_of_picture_is_judged_alike():
     pictures,captions = drawings(300)
@@ -218,7 +247,38 @@ def test_wrong_numbers_of_pictures():
     with pytest.raises(ValueError, match='2 pictures but 3 captions'): prompt_accuracy(pictures[:2], captions)
     with pytest.raises(ValueError, match='no pictures'): prompt_accuracy([], [])
     with pytest.raises(ValueError, match='square'): prompt_accuracy([Image.new('RGB', (64,32))], captions[:1])
-    with pytest.raises(ValueError, match='no size'): prompt_accuracy(pictures[:1], ['a red cross at the top on a black background'])
+    with pytest.raises(ValueError, match='no word of shapes'): prompt_accuracy(pictures[:1], ['a red car'])
+    with pytest.raises(ValueError, match='cannot be judged together'): judge_all([pictures[0], Image.new('RGB', (16, 16))])
+
+# what is left open
+
+def open_drawings(choose, n=256):
+    rng, prompts = random.Random(3), ['a red circle', 'something blue at the top', 'a small cross', 'a green background']
+    captions = [prompts[i % 4] for i in range(n)]
+    return [draw(choose(rng, agreeing(parse_caption(c))), 32, rng) for c in captions], captions
+
+def test_open_figures_of_true_drawings_are_at_the_floor():
+    pictures, captions = open_drawings(lambda rng, world: rng.choice(world))
+    report, floor = shapes_report(pictures, captions), open_floor(captions)
+    assert report['all'] == 1 and abs(report['spread'] - 1) < .1
+    for k in ('open', 'open_each'): assert .6 < report[k]/floor[k] < 1.4, k
+
+@pytest.mark.parametrize('choose, figure', [(lambda rng, world: world[0], 'open_each'),
+    (lambda rng, world: rng.choice([o for o in world if o.size == world[0].size]), 'open'),
+    (lambda rng, world: rng.choice([o for o in world if o.position == world[0].position]), 'open_each')])
+def test_open_figures_of_collapsed_drawings_fall(choose, figure):
+    pictures, captions = open_drawings(choose)
+    report, floor = shapes_report(pictures, captions), open_floor(captions)
+    assert report['all'] == 1 and report[figure] > 1.35*floor[figure]
+
+def test_a_model_without_jitter_has_no_spread():
+    pictures = [draw(s) for s in all_shapes()[::40]]
+    assert shapes_report(pictures, [caption(s) for s in all_shapes()[::40]])['spread'] < .2
+
+def test_nothing_left_open():
+    s = all_shapes()[5]
+    report = shapes_report([draw(s)], [caption(s)])
+    assert np.isnan(report['open']) and np.isnan(report['open_each']) and report['all'] == 1
 
 # contact sheets
 

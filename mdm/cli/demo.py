@@ -46,9 +46,10 @@ def draw_captions(
     shown:int=24, # of them on the sheet
     seed:int=0, # of captions and noise
     **info, # more to write into `accuracy.json`
-)->dict[str, float]: # share of right pictures for each of the five properties, and 'all'
+)->dict[str, float]: # share of right pictures for each of the five properties, and for all that was said in clean pictures ('all')
     "Draw held-out captions and judge the pictures."
-    from mdm.data.shapes import prompt_accuracy, shapes_captions
+    from mdm.data.shapes import shapes_captions
+    from mdm.data.shapes_judge import prompt_accuracy
     from mdm.pipeline import MDMPipeline
     captions = shapes_captions(n, seed)
     drawn = sample_with_bar(MDMPipeline.from_pretrained(checkpoint), captions, n=1, seed=seed, batch_size=32)
@@ -61,7 +62,7 @@ def draw_captions(
 def _report(out, learn, right, captions, pixels):
     "Print how the demo ended and where its files are."
     print(f'\nRight in the {captions} pictures of {pixels} x {pixels} pixels:')
-    for k, v in right.items(): print(f"  {'all five' if k == 'all' else k:<12}{v:6.1%}")
+    for k, v in right.items(): print(f"  {'all, clean' if k == 'all' else k:<12}{v:6.1%}")
     run = out/'run'
     print(f'\nTraining took {learn.seconds:.0f} s. The files are in {out}:')
     print(f"  pictures    {out/'samples'/'grid.png'}")

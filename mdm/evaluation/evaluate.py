@@ -17,8 +17,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from ..data.files import list_files, redact
 from ..diffusion.settings import SampleConfig
 from .gallery import loss_png, score_label, score_text, write_gallery
-from .judges import (
-    accuracy_scores, clip_scores, extract_features, fid_score, jackknife_error, judge_shapes, load_clip, load_extractor, score, stated_shape)
+from mdm.evaluation.judges import (
+    accuracy_scores, clip_scores, extract_features, fid_score, jackknife_error, judge_shapes, load_clip, load_extractor, open_scores,
+    score, stated_shape)
 from .losses import level_losses, read_pictures, summarise_losses
 from .runs import (
     claim_run, fingerprint, load_pictures, own_blocks, picture_path, read_json, run_settings, sample_missing, share_work, short_hash, wait_for)
@@ -122,7 +123,7 @@ def judge_run(
 
 def _scores(parts, found, captions, pipe):
     "All scores by name, and the losses by noise level or None."
-    scores, loss = accuracy_scores(found, captions), None
+    scores, loss = accuracy_scores(found, captions) | open_scores(found, captions), None
     if 'clip' in parts: scores['clip'] = score(parts['clip']['clip'])
     if 'real' in parts: scores['fid'] = fid_score(parts['real']['features'], parts['drawn']['features'])
     if 'loss' in parts:
@@ -147,7 +148,7 @@ def with_earlier(
     except (OSError, ValueError): return new
     if not isinstance(old, dict) or any(old.get(k) != new[k] for k in ('format', 'settings', 'captions')): return new
     kept = {k: o for k, o in old['scores'].items() if _belongs(k, old, new)}
-    kinds = 'accuracy', 'clip', 'fid', 'loss'
+    kinds = 'accuracy', 'crisp', 'open', 'clip', 'fid', 'loss'
     scores = dict(sorted({**kept, **new['scores']}.items(), key=lambda o: kinds.index(o[0].partition('.')[0])))
     judges = {**{k: o for k, o in old['judges'].items() if k in kept}, **new['judges']}
     source = old if not new['data'] and kept.keys() - {'clip'} else new        # whose real pictures the scores are of

@@ -24,8 +24,9 @@ def score_label(
 )->str: # e.g. 'shape right'
     "The name of a score in words."
     kind, _, of = key.partition('.')
-    if kind == 'accuracy': return 'all five right' if of == 'all' else f'{of} right'
-    return {'clip': 'CLIP score', 'fid': 'FID', 'loss': f'loss at {of} pixels'}[kind]
+    if kind == 'accuracy': return 'all right and clean' if of == 'all' else f'{of} right'
+    if kind == 'open': return 'left open: distance' + (' for each caption' if of else '')
+    return {'crisp': 'crispness', 'clip': 'CLIP score', 'fid': 'FID', 'loss': f'loss at {of} pixels'}[kind]
 
 def score_text(
     key:str, # name of a score
@@ -46,6 +47,7 @@ def score_note(
 )->str: # e.g. '1,000 drawn, 5,000 real'
     "The number of pictures that a score was measured on."
     text = f"{o['n']:,}" + (f" drawn, {o['real']:,} real" if 'real' in o else '')
+    if 'floor' in o: text += f"; true drawings have {score_text(key, o['floor'])}"
     if o.get('infinity') is not None: text += f"; {score_text(key, o['infinity'])} if there were infinitely many"
     return text
 
@@ -82,10 +84,14 @@ def verdict(
         (0, 0): 'both wrong'}[tuple(map(int, right))]
 
 # %% ../../nbs/4_use/04_gallery.ipynb #11ff879e
+def _mark(results, key, i):
+    "1 right, 0 wrong, None not judged."
+    return results['scores'][key]['values'][i] if key in results['scores'] else None
+
 def _picture(letter, folder, results, i):
     "What the template shows of one picture."
     scores, found = results['scores'], results['found'][i]
-    wrong = [f'{k} ({found[k]})' for k in attributes if found and not scores[f'accuracy.{k}']['values'][i]]
+    wrong = [f'{k} ({found[k]})' for k in attributes if found and _mark(results, f'accuracy.{k}', i) == 0]
     clip = scores['clip']['values'][i] if 'clip' in scores else None
     return dict(letter=letter, uri=picture_uri(picture_path(folder, i)), wrong=', '.join(wrong), clip=clip)
 
