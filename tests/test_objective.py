@@ -1,6 +1,7 @@
 "The schedule and the training objective: precision, mixed batches, refusals, a rehearsal of a GPU."
-import copy, math
+import copy, importlib.util, math
 from itertools import product
+from pathlib import Path
 from typing import get_args, get_type_hints
 import numpy as np
 import pytest, torch
@@ -310,3 +311,41 @@ def test_another_schedule_asks_for_the_same_noise(model, recipe):
     ours = draw(network, d, torch.float32, steps=100, guidance=1., threshold='none')
     theirs = draw(*read_as(network, d, schedule='flow'), torch.float32, steps=100, guidance=1., threshold='none')
     for a, b in zip(ours, theirs): assert (a - b).abs().max() < 5e-3 and a.std() > .2
+
+# ---- the comparison in tests/bench
+
+@pytest.fixture(scope='module')
+def bench():
+    spec = importlib.util.spec_from_file_location('objectives', Path(__file__).parent/'bench'/'objectives.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_every_setting_of_the_comparison_is_a_recipe(bench):
+    recipes = {name: load_recipe('shapes', bench.read_setting(name)[1]) for name in bench.settings}
+    assert recipe_dict(recipes.pop('today')) == recipe_dict(load_recipe('shapes'))
+    assert len({str(recipe_dict(o)['diffusion']) for o in recipes.values()}) == len(bench.settings) - 1
+    assert bench.read_setting('mine:loss_weight=sigmoid,mixed_ratio=[2,1],train.lr=1') == ('mine', ['diffusion.loss_weight=sigmoid', 'diffusion.mixed_ratio=[2,1]', 'train.lr=1'])
+    with pytest.raises(SystemExit, match='unknown setting'): bench.read_setting('none')
+
+def test_the_comparison_measures_the_same_error_for_every_prediction(bench, data, make):
+    "A model, and the same one read as another kind: the same errors of v; a network that says nothing has the error that is known."
+    learn = make()
+    pipe = learn.pipe
+    one, logsnr = bench.v_errors(pipe, data, 8)
+    pipe.model, before = read_as_module(pipe.model, pipe.diffusion), pipe.model
+    pipe.diffusion = pipe.model.diffusion
+    two, _ = bench.v_errors(pipe, data, 8)
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-5)
+    assert torch.tensor(logsnr).shape == (2, len(bench.levels)) and abs(logsnr[1][5]) < .05
+
+class read_as_module(torch.nn.Module):
+    "What `read_as` gives, as a module."
+    def __init__(self, model, diffusion):
+        super().__init__()
+        self.scales = model.scales
+        self.read, self.diffusion = read_as(model, diffusion)
+    def forward(self, *args): return self.read(*args)
+
+def test_figures_of_any_judge_become_numbers(bench):
+    assert bench.flat(dict(a=1, b=dict(c=.5, d='text'), e=None, f=[1])) == {'a': 1., 'b.c': .5}
