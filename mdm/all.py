@@ -9,7 +9,7 @@ __all__ = []
 from .diffusion.schedule import add_noise, from_x0, make_gammas, shift_gammas, to_x0
 from .models.unet import UNet, UNetConfig
 from .models.nested_unet import NestedUNet, NestedUNetConfig, create_model, model_scales
-from .diffusion.objective import Diffusion, DiffusionConfig
+from .diffusion.objective import Diffusion, DiffusionConfig, flow_velocity, read_as
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import sample, sample_steps
 from .text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder

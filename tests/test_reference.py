@@ -84,6 +84,15 @@ def test_to_reference_is_understood(name):
     assert again.train.optimizer == {'muon': 'adamw'}.get(recipe.train.optimizer, recipe.train.optimizer)     # Muon is unknown there
     assert (again.data.image_size, again.data.crop, again.data.shuffle, again.text.encoder) == (recipe.data.image_size, recipe.data.crop, recipe.data.shuffle, recipe.text.encoder)
 
+@pytest.mark.parametrize('change', ['schedule=flow', 'prediction=flow', 'loss_target=flow', 'time_sampling=logsnr', 'loss_weight=min_snr', 'min_divisor=0.1'])
+def test_to_reference_refuses_objectives_of_ours(change):
+    key, found = change.split('=')
+    with pytest.raises(RecipeError, match=f"diffusion.{key}: found '?{found}'?, expected .* the reference knows no other"):
+        to_reference(load_recipe('shapes', [f'diffusion.{change}']))
+
+def test_vdm_weights_by_either_name():
+    for change in ('vdm_weights=true', 'loss_weight=vdm'): assert to_reference(load_recipe('shapes', [f'diffusion.{change}']))['diffusion_config']['use_vdm_loss_weights']
+
 def test_to_reference_refuses_what_it_cannot_say():
     with pytest.raises(RecipeError, match='model.inner.num_heads: found 4, expected 8'): to_reference(load_recipe('shapes', ['model.inner.num_heads=4']))
 

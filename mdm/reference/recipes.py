@@ -324,16 +324,19 @@ def _network_to_reference(c, nesting=False):
     return out
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #2f62c44d
+_theirs = ('deepfloyd', 'ddpm', 'cosine', 'sigmoid')              # schedules that the reference has
+_predictions = dict(eps='DDPM', v='V_PREDICTION', x0='X0')        # and its names for what a network predicts
+
 def _colons(v): return v and ':'.join(f'{o:g}' for o in v)
 
 def _diffusion_to_reference(recipe, nested):
-    d, names = recipe.diffusion, dict(eps='DDPM', v='V_PREDICTION', x0='X0')
+    d, names = recipe.diffusion, _predictions
     sampler = dict(
         num_diffusion_steps=d.num_steps, schedule_type=d.schedule.upper(), beta_start=d.beta_start, beta_end=d.beta_end,
         prediction_type=names[d.prediction], loss_target_type=names[d.loss_target], rescale_signal=d.rescale_signal,
         schedule_shifted=d.shifted, schedule_shifted_power=d.shift_power,
         threshold_function=recipe.sample.threshold.upper())
-    out = dict(sampler_config=sampler, model_output_scale=d.output_scale, use_vdm_loss_weights=d.vdm_weights)
+    out = dict(sampler_config=sampler, model_output_scale=d.output_scale, use_vdm_loss_weights=d.vdm_weights or d.loss_weight == 'vdm')
     return out | (dict(use_double_loss=d.double_loss) if nested else {})
 
 def _training_to_reference(recipe):
@@ -346,12 +349,16 @@ def _training_to_reference(recipe):
         seed=t.seed, output_dir=t.output)
 
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #369679b1
-def _refuse_heads(recipe):
-    "Count the networks; raise `RecipeError` for a number of heads other than 8."
-    networks = [recipe.model]
+def _refuse(recipe):
+    "Count the networks; raise `RecipeError` for settings that the reference does not know."
+    networks, d = [recipe.model], recipe.diffusion
     while isinstance(networks[-1], NestedUNetConfig): networks.append(networks[-1].inner)
     bad = [f'{"model" + ".inner"*i}.num_heads: found {c.num_heads}, expected 8: the reference knows no other'
            for i, c in enumerate(networks) if c.num_heads != 8]
+    known = dict(schedule=_theirs, prediction=_predictions, loss_target=_predictions, time_sampling=('uniform',),
+                 loss_weight=('none', 'vdm'), min_divisor=(0,))
+    bad += [f'diffusion.{k}: found {getattr(d, k)!r}, expected {" or ".join(map(str, v))}: the reference knows no other'
+            for k, v in known.items() if getattr(d, k) not in v]
     if bad: raise RecipeError(recipe.name, bad)
     return len(networks)
 
@@ -359,7 +366,7 @@ def to_reference(
     recipe:Recipe, # a recipe
 )->dict: # plain data for a YAML file
     "A recipe in the reference's format. Raises `RecipeError` for a network that the reference cannot build."
-    depth, data, text = _refuse_heads(recipe) - 1, recipe.data, recipe.text
+    depth, data, text = _refuse(recipe) - 1, recipe.data, recipe.text
     reader = dict(
         image_size=data.image_size, smaller_side_size=data.image_size, random_crop=data.crop == 'random',
         max_caption_length=text.max_chars, max_token_length=text.max_tokens,
