@@ -7,14 +7,15 @@ __all__ = ['draw_starts', 'two_step', 'Teacher', 'Points', 'DistillLoss', 'Disti
            'distill_recipe', 'distill_training']
 
 # %% ../../nbs/3_training/11_distill.ipynb #45ffcc61
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
-from types import SimpleNamespace
-from pathlib import Path
 from ..checkpoint import load_checkpoint, load_model, load_weights, recipe_for
 from ..diffusion.objective import Diffusion
 from ..diffusion.sampler import guide
@@ -265,7 +266,7 @@ def distill_recipe(
     values, t, points = _escaped(recipe_dict(theirs)), theirs.train, 4
     name, steps = f'{theirs.name}-distilled', max(1, t.steps//2)
     values |= dict(name=name, model=_plain_start(values['model']),
-                   distill=dict(teacher=teacher, guidance=theirs.sample.guidance, teacher_steps=points))
+                   distill=asdict(DistillConfig(teacher, theirs.sample.guidance, teacher_steps=points)))
     values['diffusion'] |= dict(mixed_ratio=None)
     values['train'] |= dict(steps=steps, batch_size=max(1, t.batch_size//points), lr=t.lr/3, caption_dropout=0.,
         warmup_steps=min(t.warmup_steps, steps//10), freeze_inner_steps=0, output='runs/${name}')
