@@ -183,11 +183,10 @@ class Distilling(Callback):
     order = callback_order['Noising']
     def __init__(self,
         teacher:Teacher, # the trained model
-        encoder:TextEncoder, # of the captions
     ):
-        self.teacher, self.encoder = teacher, encoder
+        self.teacher = teacher
 
-    def before_fit(self): self.teacher.to(self.dls.device, self.encoder)
+    def before_fit(self): self.teacher.to(self.dls.device, self.learn.encoder)
 
     def before_batch(self):
         images, *conditions = self.xb
@@ -238,7 +237,7 @@ def distill_learner(
     diffusion = learn.loss_func.diffusion
     teacher = Teacher(network, diffusion, recipe.distill, theirs.sample.threshold, recipe.train.bf16)
     learn.remove_cb(learn.noising)
-    learn.add_cb(Distilling(teacher, learn.encoder))
+    learn.add_cb(Distilling(teacher))
     learn.loss_func = DistillLoss(diffusion, recipe.distill)
     return learn
 
