@@ -86,14 +86,17 @@ def rules(self:TrainConfig):
 class DistillConfig:
     "How a student learns to draw in few steps from a trained teacher."
     teacher: str                              # checkpoint of the teacher
-    guidance: NonNegativeFloat = 3.           # how closely the teacher follows the captions; the student needs no guidance
+    guidance: NonNegativeFloat = 3.           # of the teacher; the student needs none
     segments: PositiveInt = 2                 # parts of the time axis; the student jumps to the end of the one it is in
-    teacher_steps: PositiveInt = 4            # guided steps that the teacher takes in a segment; the student learns from all of them
-    reach: PositiveFloat = 1.                 # share of a segment that the teacher walks; below 1 the averaged student jumps the rest
-    at_start: Annotated[float, Field(ge=0, le=1)] = .5 # share of pictures that begin where a segment begins; the others anywhere in it
-    huber: NonNegativeFloat = .05             # errors above this count linearly, those below squared; 0: squared
+    teacher_steps: PositiveInt = 4            # guided steps that the teacher takes in a segment
+    points: PositiveInt = 2                   # points of the teacher's way that the student learns from, the first included
+    reach: PositiveFloat = 1.                 # share of a segment that the teacher walks; the averaged student jumps the rest
+    at_start: Annotated[float, Field(ge=0, le=1)] = .75 # share of pictures that begin where a segment begins; others: anywhere
+    huber: NonNegativeFloat = 0.              # errors above this count linearly, those below squared; 0: squared
 
-    def rules(self): return [(self.reach > 1, 'reach', 'a number above 0 and up to 1')]
+    def rules(self):
+        return [(self.reach > 1, 'reach', 'a number above 0 and up to 1'),
+                (self.points > self.teacher_steps, 'points', f'at most {{place}}.teacher_steps = {self.teacher_steps}')]
 
 # %% ../nbs/3_training/01_recipe.ipynb #6a3879ca
 @dataclass

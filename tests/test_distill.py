@@ -49,7 +49,7 @@ def test_segments():
     for n, k in ((1000, 1), (1000, 3), (12, 4), (7, 7)):
         ends = choose_steps(n, k, 'trailing')
         assert consistency_steps(n, k, k) == [*zip(ends, ends[1:])]
-        config = DistillConfig('', segments=k, teacher_steps=max(1, n//k//2))
+        config = DistillConfig('', segments=k, teacher_steps=max(1, n//k//2), at_start=.3)
         t, end = draw_starts(config, n, 400)
         assert set(end.tolist()) == set(ends[1:])
         low = {hi: lo for hi, lo in zip(ends, ends[1:])}
@@ -89,7 +89,7 @@ class Exact(Gaussian):
         return out
 
 def points_of(two, average=None, **changes):
-    config = DistillConfig('', guidance=1., **changes)
+    config = DistillConfig('', guidance=1., **{'points': changes['teacher_steps'], **changes})
     t, end = torch.tensor([1000, 830, 510, 500, 130, 8]), torch.tensor([500, 500, 500, 0, 0, 0])
     x = [torch.randn(6, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4)]
     points = Teacher(Gaussian(two), two, config, 'none').walk(x, torch.maximum(t, end + 100), end, average=average)
@@ -136,7 +136,7 @@ def student(path, tmp_path, *changes): return distill_recipe(path, ['train.lr=1e
 def test_recipe_of_a_student(teacher, tmp_path):
     then, now = load_checkpoint(teacher).recipe, student(teacher.parent, tmp_path, 'distill.segments=4')
     assert 'distill' not in recipe_dict(then) and then.distill is None and now.distill.teacher == str(teacher)
-    assert (now.model, now.text, now.data) == (then.model, then.text, then.data) and now.train.caption_dropout == 0 and now.train.steps == 20
+    assert (now.model, now.text, now.data) == (then.model, then.text, then.data) and now.train.caption_dropout == 0 and now.train.steps == 17
     assert (now.sample.solver, now.sample.guidance, now.sample.segments, now.sample.threshold) == ('consistency', 1., 4, 'none')
     assert load_recipe(save_recipe(now, tmp_path/'r.yaml')) == now
     assert distill_recipe(teacher, files=['a.tar']).train.output == 'runs/shapes-distilled' and distill_recipe(teacher, ['data.files=[a.tar]', 'name=few']).train.output == 'runs/few'
@@ -159,14 +159,14 @@ def learner(recipe, grow=True):
     torch.manual_seed(0)
     return distill_learner(create_dls(recipe.data, recipe.train.batch_size, seed=0), recipe, grow=grow)
 
-@pytest.mark.parametrize('changes', [(), ('distill.reach=0.3', 'distill.teacher_steps=1')], ids=['whole way', 'consistency'])
+@pytest.mark.parametrize('changes', [(), ('distill.reach=0.3', 'distill.teacher_steps=1', 'distill.points=1')], ids=['whole way', 'consistency'])
 def test_a_student_learns(teacher, tmp_path, changes):
     learn = learner(student(teacher, tmp_path, 'train.steps=30', *changes))
     before = {k: v.clone() for k, v in learn.distilling.teacher.model.state_dict().items()}
     assert same(before, learn.model.state_dict())                # the student begins where the teacher is
     images, captions, micros = next(iter(learn.dls.train))
     conditions, t, end = (*learn.encoder(list(captions)), micros), torch.tensor([1000, 700, 500, 200]), torch.tensor([500, 500, 0, 0])
-    long = Teacher(learn.distilling.teacher.model, learn.loss_func.diffusion, DistillConfig('', teacher_steps=8)).to('cpu', learn.encoder)
+    long = Teacher(learn.distilling.teacher.model, learn.loss_func.diffusion, DistillConfig('', teacher_steps=8, points=8)).to('cpu', learn.encoder)
     points = long.walk(long.diffusion.noised(images/127.5 - 1, t - 1).x_t, t, end, conditions)
     m = len(points.t)//4
     def loss(): return learn.loss_func(learn.model(points.x_t, points.t - 1, *(o.repeat(m, *[1]*(o.ndim - 1)) for o in conditions[:2]), {}), points).item()

@@ -58,7 +58,7 @@ def _parser():
     flag('--stages', metavar='A,B,...',
         help='instead of RECIPE: grow a model through several recipes (64,256,1024: the cc12m presets); 256:key=value changes one of them')
     flag('--distill', metavar='CHECKPOINT',
-        help='instead of RECIPE: train a student of this model, which draws in 2 to 8 calls without guidance (into runs/NAME-distilled)')
+        help='instead of RECIPE: train a student of this model, which draws in 1 to 8 calls (into runs/NAME-distilled)')
     flag('--dry-run-steps', metavar='N', type=int,
         help='take N steps, on noise if there are no data, print time and memory, and write nothing')
     return parser
@@ -82,7 +82,8 @@ def wanted_recipes(
     source = names.pop(0) if names and not others else None
     if not source and args.resume and args.output and not others: source = Path(args.output)/'recipe.yaml'
     if not source and not others:
-        raise ValueError('the following arguments are required: RECIPE (or --stages, --distill, or --resume with --output)')
+        raise ValueError('the following arguments are required: RECIPE (or --stages, --distill, or --resume with '
+                         '--output)')
     changes = [*names, *overrides, *more, *split_overrides(args.valid)[1]]
     def with_data(recipe):
         if data: recipe.data.files = data

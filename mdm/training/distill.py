@@ -45,7 +45,7 @@ def draw_starts(
     k = (torch.arange(count, device=device) + torch.randint(config.segments, (1,), **draw)) % config.segments
     high, low = ends[k], ends[k + 1]
     free = high - low - config.teacher_steps + 1                 # as many starts leave room for all the steps
-    t = high - (free*torch.rand(count, **draw)).long().clamp(max=free - 1)
+    t = high - torch.minimum((free*torch.rand(count, **draw)).long(), free - 1)
     return torch.where(torch.rand(count, **draw) < config.at_start, high, t), low
 
 # %% ../../nbs/3_training/11_distill.ipynb #2fd1e33b
@@ -54,7 +54,7 @@ def two_step(
     x0:Tensor, # what is predicted from them [B,3,H,W]
     g:Tensor, # their signal powers [B,1,1,1]
     h:Tensor, # signal powers to go to, h >= g [B,1,1,1]
-    before:tuple[Tensor, Tensor]|None=None, # prediction and signal powers of the step before; None: this is the first step
+    before:tuple[Tensor, Tensor]|None=None, # prediction and signal powers of the step before; None: there is none
 )->Tensor: # pictures at signal powers h
     "Take a step of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); `dpmpp_step` for one noise level per picture."
     if before is None: return jump(x_t, x0, g, h)
@@ -130,19 +130,20 @@ def walk(self:Teacher,
     end:Tensor, # last steps of their segments [B]
     conditions:tuple=(None, None, None), # text embeddings, mask and micro-conditioning
     average:nn.Module|None=None, # the averaged student, which goes the rest of the way where `reach` is below 1
-)->Points: # `teacher_steps` for each picture, those of the first step first
+)->Points: # `points` of every way, the first ones first
     "Walk from noisy pictures to the ends of their segments, all resolutions together."
-    d, steps, points, past = self.diffusion, self._stops(t, end), [], [None]*len(x)
-    for s, to in zip(steps, steps[1:]):
-        points.append(x)
+    d, c, points, past = self.diffusion, self.config, [], [None]*len(x)
+    steps, kept = self._stops(t, end), {round(j*c.teacher_steps/c.points) for j in range(c.points)}
+    for j, (s, to) in enumerate(zip(steps, steps[1:])):
+        if j in kept: points.append((s, x))
         x0, x = self.clean(x, s, conditions), list(x)
         for i, clean in enumerate(x0):
             g = d._gamma(s, i)
             x[i], past[i] = two_step(x[i], clean, g, d._gamma(to, i), past[i]), (clean, g)
-    if self.config.reach < 1: x = self._rest(x, steps[-1], end, conditions, average)
-    m = self.config.teacher_steps
-    return Points(torch.cat(steps[:-1]), end.repeat(m), [torch.cat(o) for o in zip(*points)],
-                  [o.repeat(m, 1, 1, 1) for o in x])
+    if c.reach < 1: x = self._rest(x, steps[-1], end, conditions, average)
+    at, seen = zip(*points)
+    return Points(torch.cat(at), end.repeat(len(at)), [torch.cat(o) for o in zip(*seen)],
+                  [o.repeat(len(at), 1, 1, 1) for o in x])
 
 @patch
 def _rest(self:Teacher, x, t, end, conditions, average):
@@ -155,7 +156,7 @@ def _rest(self:Teacher, x, t, end, conditions, average):
 
 # %% ../../nbs/3_training/11_distill.ipynb #61a5bff1
 class DistillLoss:
-    "A loss function for `Distilling`; `last.per_scale` holds the squared errors of the last batch, highest resolution first."
+    "A loss function for `Distilling`; `last.per_scale` holds the squared errors of the last batch, as in `DiffusionLoss`."
     def __init__(self,
         diffusion:Diffusion, # noise levels and weights of all resolutions
         config:DistillConfig, # `huber`
@@ -197,7 +198,7 @@ class Distilling(Callback):
         average = self.learn.moving_average.model if c.reach < 1 else None
         points = self.teacher.walk(noised.x_t, t, end, conditions, average)
         cond, mask, micros = conditions
-        m = c.teacher_steps
+        m = c.points
         cond, mask = cond.repeat(m, 1, 1), mask.repeat(m, 1)
         self.learn.xb = (points.x_t, points.t - 1, cond, mask, {k: v.repeat(m) for k, v in micros.items()})
         self.learn.yb = (points,)
@@ -218,8 +219,8 @@ def load_teacher(
     _check_teacher(path, theirs)
     own, other = model_scales(recipe.model), model_scales(theirs.model)
     if own != other:
-        raise ValueError(f'the teacher {path} has the scales {other} and the student {own}: a student has the networks of '
-                         'its teacher, so take back the changes of model')
+        raise ValueError(f'the teacher {path} has the scales {other} and the student {own}: a student has the networks '
+                         'of its teacher, so take back the changes of model')
     return model, theirs
 
 def distill_learner(
@@ -254,6 +255,8 @@ def _find_teacher(path):
     named = checkpoint.folder.parent == Path(str(bundled))       # a bundled model keeps its short name
     return str(path) if named else str(checkpoint.folder), checkpoint.recipe
 
+
+# %% ../../nbs/3_training/11_distill.ipynb #4bd52d12
 def distill_recipe(
     path:str|Path, # checkpoint of the teacher: a folder, a folder of checkpoints, a file of weights, or 'shapes'
     overrides:list[str]=(), # e.g. ['distill.segments=4', 'train.steps=500']
@@ -262,14 +265,15 @@ def distill_recipe(
     "Make the recipe of a student. Raises `FileNotFoundError`, `RecipeError`, or `ValueError` when there are no data."
     teacher, theirs = _find_teacher(path)
     _check_teacher(path, theirs)
-    values, t, points = _escaped(recipe_dict(theirs)), theirs.train, 4
-    name, steps = f'{theirs.name}-distilled', max(1, t.steps//2)
+    values, t, c = _escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
+    name, batch = f'{theirs.name}-distilled', max(1, t.batch_size//c.points)
+    steps = max(1, 3*t.steps*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
     values |= dict(name=name, model=_plain_start(values['model']),
-                   distill=asdict(DistillConfig(teacher, theirs.sample.guidance, teacher_steps=points)))
+                   distill=asdict(c))
     values['diffusion'] |= dict(mixed_ratio=None)
-    values['train'] |= dict(steps=steps, batch_size=max(1, t.batch_size//points), lr=t.lr/3, caption_dropout=0.,
+    values['train'] |= dict(steps=steps, batch_size=batch, lr=t.lr/3, caption_dropout=0.,
         warmup_steps=min(t.warmup_steps, steps//10), freeze_inner_steps=0, output='runs/${name}')
-    values['sample'] = dict(solver='consistency', steps=4, guidance=1., threshold='none', segments='${distill.segments}')
+    values['sample'] = dict(solver='consistency', segments='${distill.segments}', steps=4, guidance=1., threshold='none')
     if files: values['data']['files'] = list(files)
     values, problems = apply_overrides(values, overrides)
     recipe = build_recipe(values, f'a student of {path}', False, problems)
@@ -278,6 +282,7 @@ def distill_recipe(
                          'teacher if they are there, or others with captions like theirs')
     return recipe
 
+# %% ../../nbs/3_training/11_distill.ipynb #e810f39b
 def distill_training(
     recipe:Recipe, # from `distill_recipe`
     **kwargs, # for `run_training`: `valid`, `minutes`, `overwrite`, `resume`
