@@ -91,7 +91,8 @@ class DistillConfig:
     teacher_steps: PositiveInt = 4            # guided steps that the teacher takes in a segment
     points: PositiveInt = 2                   # points of the teacher's way that the student learns from, the first included
     reach: PositiveFloat = 1.                 # share of a segment that the teacher walks; the averaged student jumps the rest
-    at_start: Annotated[float, Field(ge=0, le=1)] = .75 # share of pictures that begin where a segment begins; others: anywhere
+    noisiest: Annotated[float, Field(gt=0, le=1)] = .7 # share of pictures in the noisiest segment; the others share the rest
+    at_start: Annotated[float, Field(ge=0, le=1)] = .9 # share of pictures that begin where a segment begins; others: anywhere
     huber: NonNegativeFloat = 0.              # errors above this count linearly, those below squared; 0: squared
 
     def rules(self):

@@ -42,7 +42,10 @@ def draw_starts(
     "Draw where the ways of a batch begin."
     draw = dict(device=device, generator=generator)
     ends = torch.tensor(choose_steps(n, config.segments, 'trailing'), device=device)
-    k = (torch.arange(count, device=device) + torch.randint(config.segments, (1,), **draw)) % config.segments
+    others = config.segments - 1
+    first = max(1, round(config.noisiest*count)) if others else count
+    k = 1 + (torch.arange(-first, count - first, device=device) + torch.randint(max(1, others), (1,), **draw)) % max(1, others)
+    k[:first] = 0
     high, low = ends[k], ends[k + 1]
     free = high - low - config.teacher_steps + 1                 # as many starts leave room for all the steps
     t = high - torch.minimum((free*torch.rand(count, **draw)).long(), free - 1)
