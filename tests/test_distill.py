@@ -209,3 +209,28 @@ def test_a_teacher_that_is_gone(teacher, tmp_path):
     recipe = student(teacher, tmp_path)
     shutil.rmtree(teacher)
     with pytest.raises(FileNotFoundError, match='step_00000040'): load_teacher(recipe)
+
+def test_a_gpu_in_rehearsal(two):
+    "Fake CUDA tensors: a tensor that is left on the CPU raises."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.ones(3, 3, 3, 3, device='cuda')
+        class Net(nn.Module):
+            def forward(self, x, t, cond, mask, micros):
+                assert {o.device.type for o in (*x, t, cond, mask, *micros.values())} == {'cuda'} and len(t) == len(x[0]) == len(cond)
+                return [nn.functional.conv2d(o, weight, padding=1) for o in x]
+        config = DistillConfig('', segments=2, reach=.5)
+        teacher = Teacher(Net(), two, config)
+        cond, mask, micros = torch.zeros(4, 3, 6, device='cuda'), torch.ones(4, 3, device='cuda'), dict(scale=torch.ones(4, device='cuda'))
+        teacher.empty = torch.zeros(1, 1, 6, device='cuda'), torch.ones(1, 1, device='cuda')
+        t, end = draw_starts(config, 1000, 4, 'cuda')
+        points = teacher.walk(two.noised(torch.zeros(4, 3, 8, 8, device='cuda'), t - 1).x_t, t, end, (cond, mask, micros), Net())
+        loss = DistillLoss(two, config)([o*1 for o in points.x_t], points)
+        assert loss.device.type == 'cuda' and [tuple(o.shape) for o in points.x_end] == [(8, 3, 8, 8), (8, 3, 4, 4)]
+
+def test_the_benchmark(teacher, tmp_path, capsys):
+    from bench.distill import main
+    kept = save_checkpoint(tmp_path/'kept', student(teacher, tmp_path), load_checkpoint(teacher).weights())
+    rows = main([str(teacher), str(kept), '--captions', '4', '--steps', '1', '2', '--full', '3', '--solvers', 'ddim', '--output', str(tmp_path/'figures')])
+    assert len(rows) == 10 and [r['evaluations'] for r in rows[::2]] == [6, 2, 4, 1, 2] and {'rmse', 'pixels', 'seconds', 'colour'} <= rows[-1].keys()
+    assert sorted(p.name for p in (tmp_path/'figures').iterdir()) == ['figures.json', 'figures.md', 'figures.png', 'pictures.png'] and '| kept | 2 | 8 |' in capsys.readouterr().out

@@ -79,7 +79,8 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output/'figures.json').write_text(json.dumps(rows, indent=1)); (args.output/'figures.md').write_text(table(rows) + '\n')
     plot(rows, args.output/'figures.png')
-    contact_sheet([o for s in sheets for o in s[:12]], (captions[:12] + ['']*12*(len(sheets) - 1)), columns=12).save(args.output/'pictures.png')
+    shown = min(12, len(captions))
+    contact_sheet([o for s in sheets for o in s[:shown]], captions[:shown] + ['']*shown*(len(sheets) - 1), columns=shown).save(args.output/'pictures.png')
     return rows
 
 if __name__ == '__main__': main()
