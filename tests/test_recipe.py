@@ -114,7 +114,7 @@ def test_inner_decides_the_kind():
     ('train.warmup_steps', 101, 'no more than train.steps = 100'), ('train.warmup_steps', -1, 'greater'), ('train.lr', -1e-3, 'greater than 0'), ('train.ema_decay', 1., 'less than 1'), ('train.caption_dropout', -.1, 'greater'),
     ('sample.steps', 1001, 'up to diffusion.num_steps = 1000'), ('sample.steps', 0, 'greater than or equal to 1'), ('sample.eta', -1., 'greater than or equal to 0'), ('sample.guidance', -1., 'greater than or equal to 0'),
     ('sample.guidance_rescale', 1.1, 'less than or equal to 1'), ('sample.guidance_interval', [.5, .5], 'the smaller one first'),
-    ('sample.solver', 'euler', "'ddim', 'ddpm', 'dpm++2m' or 'unipc'"), ('sample.spacing', 'karras', "'uniform', 'trailing' or 'logsnr'")])
+    ('sample.solver', 'euler', "'ddim', 'ddpm', 'dpm++2m', 'unipc' or 'consistency'"), ('sample.spacing', 'karras', "'uniform', 'trailing' or 'logsnr'")])
 def test_combinations(place, value, expected):
     bad = problems(with_(place, value))
     assert any(p.startswith(f'{place}: found ') and expected in p for p in bad), bad

@@ -16,7 +16,7 @@ def split_overrides(
     words:list[str], # of the command line
 )->tuple[list[str], list[str]]: # files and names, and changes of the recipe such as train.steps=5
     "Separate changes of the recipe from files."
-    sections = 'name|model|diffusion|text|data|train|sample'
+    sections = 'name|model|diffusion|text|data|train|sample|distill'
     files, overrides = [], []
     for word in words:
         change = re.match(rf'([^=:/]+:)?({sections})(\.[\w.\[\]]+)?=', word) and not Path(word).exists()
@@ -31,6 +31,7 @@ mdm_train pictures_64 --data 'pictures/*.tar' --minutes 10 --output runs/try
 mdm_train --resume --output runs/try train.steps=20000
 mdm_train cc12m_256x256 --data 's3://bucket/*.tar' model.inner_from=runs/64
 mdm_train --stages 64,256,1024 --data 's3://bucket/*.tar' 1024:train.batch_size=2
+mdm_train --distill runs/try --data 'pictures/*.tar'
 mdm_train cc12m_1024x1024 --dry-run-steps 3 train.batch_size=1
 accelerate launch -m mdm.cli.train my_recipe.yaml data.files='[a.tar, b.tar]' train.steps=2000'''
 
@@ -56,6 +57,8 @@ def _parser():
         help='replace the checkpoints, previews and log of an earlier training in the output folder')
     flag('--stages', metavar='A,B,...',
         help='instead of RECIPE: grow a model through several recipes (64,256,1024: the cc12m presets); 256:key=value changes one of them')
+    flag('--distill', metavar='CHECKPOINT',
+        help='instead of RECIPE: train a student of this model, which draws in 1 to 8 calls (into runs/NAME-distilled)')
     flag('--dry-run-steps', metavar='N', type=int,
         help='take N steps, on noise if there are no data, print time and memory, and write nothing')
     return parser
@@ -74,10 +77,13 @@ def wanted_recipes(
     "Read the recipe that the flags describe, or those of all stages."
     from mdm.recipe import load_recipe
     (names, overrides), (data, more) = split_overrides(args.rest), split_overrides(args.data)
-    source = names.pop(0) if names and not args.stages else None
-    if not source and args.resume and args.output and not args.stages: source = Path(args.output)/'recipe.yaml'
-    if not source and not args.stages:
-        raise ValueError('the following arguments are required: RECIPE (or --stages, or --resume with --output)')
+    if args.stages and args.distill: raise ValueError('--stages and --distill: give one of them')
+    others = args.stages or args.distill
+    source = names.pop(0) if names and not others else None
+    if not source and args.resume and args.output and not others: source = Path(args.output)/'recipe.yaml'
+    if not source and not others:
+        raise ValueError('the following arguments are required: RECIPE (or --stages, --distill, or --resume with '
+                         '--output)')
     changes = [*names, *overrides, *more, *split_overrides(args.valid)[1]]
     def with_data(recipe):
         if data: recipe.data.files = data
@@ -85,7 +91,10 @@ def wanted_recipes(
     if args.stages:
         from mdm.training.run import stage_recipes
         return stage_recipes(args.stages, changes, args.output, with_data)
-    recipe = with_data(load_recipe(source, changes))
+    if args.distill:
+        from mdm.training.distill import distill_recipe
+        recipe = distill_recipe(args.distill, changes, data)
+    else: recipe = with_data(load_recipe(source, changes))
     if args.output: recipe.train.output = args.output
     return [recipe]
 
@@ -97,17 +106,20 @@ def train_command(
     _check_numbers(args)
     end = args.minutes and time.monotonic() + 60*args.minutes
     recipes, valid = wanted_recipes(args), split_overrides(args.valid)[0]
+    from mdm.training.distill import distill_learner
+    from mdm.training.learner import mdm_learner
     from mdm.training.run import dry_run, run_training
     if max(o.data.image_size for o in recipes) >= 256:
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')    # PyTorch: large blocks of CPU memory in large pages
     for recipe in recipes:
+        make = distill_learner if recipe.distill else mdm_learner
         if args.dry_run_steps:
-            dry_run(recipe, args.dry_run_steps)
+            dry_run(recipe, args.dry_run_steps, make)
             continue
         minutes = args.minutes
         if minutes and len(recipes) > 1:
             minutes = max(1e-6, (end - time.monotonic())/60)        # what is left for this stage
-        learn = run_training(recipe, valid, minutes, args.overwrite, args.resume and not args.stages)
+        learn = run_training(recipe, valid, minutes, args.overwrite, args.resume and not args.stages, make)
         if learn and learn.steps < recipe.train.steps: return                                    # the time is up
 
 def mdm_train(

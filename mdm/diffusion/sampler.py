@@ -16,7 +16,7 @@ from torch import Tensor
 from .objective import Diffusion, pyramid
 from .schedule import add_noise, to_x0
 from .settings import SampleConfig
-from .solvers import advance, choose_steps, threshold
+from .solvers import advance, choose_steps, consistency_steps, threshold
 
 
 # %% ../../nbs/1_model/08_sampler.ipynb #0eb08ac8
@@ -209,14 +209,15 @@ def step_pairs(
 )->list[tuple[int, int]]: # diffusion steps (from, to), the last one to 0; raises ValueError when `strength` leaves none
     "The steps that sampling takes."
     n = diffusion.config.num_steps
-    steps = choose_steps(n, config.steps, config.spacing, diffusion.gammas.tolist()[-1])
-    ts = [t for t in steps if t <= strength*n]
-    if len(ts) < 2:
+    if config.solver == 'consistency': all_pairs = consistency_steps(n, config.steps, config.segments)
+    else:
+        steps = choose_steps(n, config.steps, config.spacing, diffusion.gammas.tolist()[-1])
+        all_pairs = zip(steps, steps[1:])
+    pairs = [(t, s) for t, s in all_pairs if t <= strength*n]
+    if not pairs:
         raise ValueError(f'strength {strength} leaves nothing to do: with {config.steps} steps, none is that close to the '
                          'picture; raise one of the two')
-    pairs = []
-    for t, s in zip(ts, ts[1:]): pairs += [(t, s)]*(repeats if s else 1)
-    return pairs
+    return [pair for pair in pairs for _ in range(repeats if pair[1] else 1)]
 
 # %% ../../nbs/1_model/08_sampler.ipynb #21aac406
 class Sampling:

@@ -11,7 +11,7 @@ from pydantic import Field
 from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/06_sampling_settings.ipynb #672686e2
-Solver = Literal['ddim', 'ddpm', 'dpm++2m', 'unipc']          # how one step is taken
+Solver = Literal['ddim', 'ddpm', 'dpm++2m', 'unipc', 'consistency'] # how one step is taken
 Spacing = Literal['uniform', 'trailing', 'logsnr']            # which steps are taken
 Threshold = Literal['none', 'clip', 'dynamic', 'dynamic_if']  # what happens to predictions outside of [-1, 1]
 
@@ -23,7 +23,8 @@ class SampleConfig:
     "How pictures are sampled."
     steps: Annotated[int, Field(ge=1)] = 25     # network calls per picture: more are slower and more exact
     guidance: Annotated[float, Field(ge=0)] = 3. # how closely to follow the prompt; 1: no guidance
-    solver: Solver = 'unipc'                    # how a step is taken: unipc and dpm++2m need the fewest
+    solver: Solver = 'unipc'                    # how a step is taken: unipc and dpm++2m need the fewest; consistency is for distilled models
+    segments: Annotated[int, Field(ge=1)] = 1   # consistency only: parts of the time axis that the model was distilled with
     eta: Share = 0.                             # ddim only: share of the noise to renew at every step; 1: as much as ddpm
     threshold: Threshold = 'clip'               # how predicted pictures are kept in range: cut, or scaled (dynamic)
     spacing: Spacing = 'logsnr'                 # which steps are taken: even in log-SNR, even in time (uniform), or even in time from step N on (trailing)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['half_logsnr', 'choose_steps', 'timesteps', 'threshold', 'ddpm_step', 'ddim_step', 'Past', 'dpmpp_step',
-           'unipc_correct', 'advance']
+           'unipc_correct', 'jump', 'jump_target', 'consistency_steps', 'advance']
 
 # %% ../../nbs/1_model/07_solvers.ipynb #f1a759d2
 from math import expm1, inf, log, log1p, sqrt
@@ -149,6 +149,47 @@ def unipc_correct(
     D = start.x0 + rho/r*(older[0].x0 - start.x0) + (m1 - rho)*(x0 - start.x0)
     return ddim_step(start.x, D, start_g, g)
 
+# %% ../../nbs/1_model/07_solvers.ipynb #d72d889a
+def _jump_factors(x_t, g, h):
+    "The factors of `x_t` and `x0` in a jump, computed in the precision of the signal powers."
+    a = ((1 - h)/(1 - g))**.5
+    b = h**.5 - g**.5*a
+    return (a.to(x_t.dtype), b.to(x_t.dtype)) if isinstance(a, Tensor) else (a, b)
+
+def jump(
+    x_t:Tensor, # noisy pictures [B,3,H,W]
+    x0:Tensor, # predicted clean pictures [B,3,H,W]
+    g:float|Tensor, # signal power of `x_t`, below 1; a tensor [B,1,1,1] float64 gives every picture its own
+    h:float|Tensor, # signal power to go to, h >= g, likewise
+)->Tensor: # pictures at signal power h
+    "Go to another noise level along the line that a prediction gives: `ddim_step` without noise."
+    a, b = _jump_factors(x_t, g, h)
+    return a*x_t + b*x0
+
+def jump_target(
+    x_t:Tensor, # noisy pictures [B,3,H,W]
+    x_s:Tensor, # where the jump should lead [B,3,H,W]
+    g:float|Tensor, # signal power of `x_t`, below 1; a tensor [B,1,1,1] float64 gives every picture its own
+    h:float|Tensor, # signal power of `x_s`, h > g, likewise
+)->Tensor: # the prediction x0 that leads there [B,3,H,W]
+    "Find the prediction with which `jump` gets from one picture to another."
+    a, b = _jump_factors(x_t, g, h)
+    return (x_s - a*x_t)/b
+
+# %% ../../nbs/1_model/07_solvers.ipynb #b5d9a541
+def consistency_steps(
+    n:int, # diffusion steps N of the model
+    k:int, # calls of the network
+    segments:int=1, # segments that the model was distilled with
+)->list[tuple[int, int]]: # for each call the step of its input and the step to jump to; raises ValueError unless 1 <= k <= N
+    "The calls of a distilled model. Where a call begins at a noisier step than the last jump led to, noise is renewed."
+    ends, pairs = choose_steps(n, min(k, segments), 'trailing'), []
+    choose_steps(n, k)                                       # refuses more calls than there are steps
+    for i, (high, low) in enumerate(zip(ends, ends[1:])):
+        calls = k//(len(ends) - 1) + (i < k % (len(ends) - 1))
+        pairs += [(round(high - (high - low)*j/calls), low) for j in range(calls)]
+    return pairs
+
 # %% ../../nbs/1_model/07_solvers.ipynb #0171e2e0
 def advance(
     solver:Solver, # how to take the step
@@ -166,5 +207,6 @@ def advance(
     if solver == 'unipc' and past and past[0].g != g: x_t = unipc_correct(x0, g, past)
     if solver == 'ddpm': new = ddpm_step(x_t, x0, g, h, z)
     elif solver == 'ddim': new = ddim_step(x_t, x0, g, h, z, eta)
+    elif solver == 'consistency': new = jump(x_t, x0, g, h)
     else: new = dpmpp_step(x_t, x0, g, h, past)
     return new, (Past(x_t, x0, g), *past[:1])

@@ -9,6 +9,7 @@ __all__ = ['earlier_run', 'remove_earlier_run', 'resume_point', 'remove_unfinish
 
 # %% ../../nbs/3_training/10_run.ipynb #3f9f260d
 import csv, re, shlex, shutil, sys, time, warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -121,11 +122,12 @@ def build_learner(
     valid:list[str]=(), # validation shards
     minutes:float|None=None, # stop after this time
     checkpoint:Checkpoint|None=None, # where it goes on; its weights are loaded later, by `resume`
+    make:Callable=mdm_learner, # makes the learner: `make(dls, recipe, grow=...)`
 )->MDMLearner: # with everything that the recipe wants to be written
     "Loaders, model and callbacks of a training."
     valid_config = replace(recipe.data, files=list(valid)) if valid else None
     dls = create_dls(recipe.data, recipe.train.batch_size, valid_config, seed=recipe.train.seed)
-    learn = mdm_learner(dls, recipe, grow=not checkpoint)
+    learn = make(dls, recipe, grow=not checkpoint)
     learn.add_cbs([*output_callbacks(learn, bar=True), Stop(minutes)])
     return learn
 
@@ -153,6 +155,7 @@ def prepare_training(
     minutes:float|None=None, # stop after this time
     overwrite:bool=False, # replace an earlier training in the output folder
     resume:bool=False, # raise `FileNotFoundError` when there is nothing to go on from
+    make:Callable=mdm_learner, # makes the learner
 )->MDMLearner|None: # ready for its next step; None: there is no step left
     "Look at the output folder, build the learner, and load where it was. Raises what `resume_point` raises."
     folder = Path(recipe.train.output)
@@ -162,7 +165,7 @@ def prepare_training(
     if resume and not checkpoint:
         raise FileNotFoundError(f'--resume: there is no checkpoint in {folder} to go on from; leave out --resume to begin')
     if _finished(recipe, checkpoint): return None
-    learn = build_learner(recipe, valid, minutes, checkpoint)
+    learn = build_learner(recipe, valid, minutes, checkpoint, make)
     if is_main(): print(opening_line(learn, minutes), flush=True)
     barrier()                                                # every process has looked at the folder before rank 0 changes it
     if is_main() and new: _own_folder(lock, folder)
@@ -243,18 +246,26 @@ def report_training(
     print(closing_line(learn), flush=True)
 
 # %% ../../nbs/3_training/10_run.ipynb #0d5feb3f
+def _check_maker(recipe, make):
+    "Raise `ValueError` for a student that would be trained like any other model."
+    if recipe.distill and make is mdm_learner: raise ValueError(
+        f'{recipe.name} has a section distill: train it by `distill_training(recipe)` of mdm.training.distill or by '
+        'mdm_train, or remove the section')
+
 def run_training(
     recipe:Recipe, # what to train on what, and where to write
     valid:list[str]=(), # validation shards
     minutes:float|None=None, # stop after this time
     overwrite:bool=False, # replace an earlier training in the output folder
     resume:bool=False, # insist on an earlier part of this training to go on from
+    make:Callable=mdm_learner, # makes the learner: `distill_learner` for a recipe with a `distill` section
 )->MDMLearner|None: # with `seconds`; None: there was no step left
     "Train, or go on training. Raises what `prepare_training` and `report_training` raise, and `ConnectionError` when another process is gone."
+    _check_maker(recipe, make)
     distributed_setup()
     if not is_main(): warnings.simplefilter('ignore')
     with ExitStack() as lock, peer_errors():
-        learn = prepare_training(recipe, lock, valid, minutes, overwrite, resume)
+        learn = prepare_training(recipe, lock, valid, minutes, overwrite, resume, make)
         if learn is None: return None
         train_steps(learn, bool(valid))
         barrier()
@@ -332,13 +343,14 @@ def _peak_memory(device):
 def dry_run(
     recipe:Recipe, # with `data.files` they are read; without them, the data are noise
     steps:int, # how many to take
+    make:Callable=mdm_learner, # makes the learner
 )->tuple[float, float]: # seconds per step (the median of all but the first), and the peak of memory in GiB
     "Take a few steps of a training, print time and memory, and write no file. Raises `ValueError` when there is no step to take."
     distributed_setup()
     torch.manual_seed(rank_seed(recipe.train.seed))
     if recipe.data.files: dls, encoder = create_dls(recipe.data, recipe.train.batch_size, seed=recipe.train.seed), None
     else: dls, encoder = random_data(recipe, steps*recipe.train.accumulate)
-    learn = mdm_learner(dls, recipe, [clock := _Clock()], encoder, grow=False)
+    learn = make(dls, recipe, [clock := _Clock()], encoder, grow=False)
     with learn.no_bar(), learn.no_logging(), peer_errors(): learn.fit_steps(steps)
     if not clock.took:
         raise ValueError(f'{recipe.name}: no step was done, so there is nothing to measure: give more pictures, or a '
