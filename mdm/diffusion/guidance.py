@@ -127,10 +127,11 @@ class Guide:
                              'choose a guide of the same resolutions')
         for name in ('prediction', 'output_scale'):
             a, b = (getattr(o.config, name) for o in (own, wanted))
-            if a != b: raise ValueError(f'the guide has diffusion.{name} {a!r}, and the model {b!r}: choose one that agrees')
+            if a == b: continue
+            raise ValueError(f'the guide has diffusion.{name} {a!r}, and the model {b!r}: choose one that agrees')
         if own.signal != wanted.signal or not torch.equal(own.gammas, wanted.gammas):
-            raise ValueError('the guide was trained at other noise levels than the model (diffusion.schedule, num_steps, '
-                             'shifted, shift_power, rescale_signal): choose one that was trained at the same')
+            raise ValueError('the guide was trained at other noise levels than the model (diffusion.schedule, '
+                             'num_steps, shifted, shift_power, rescale_signal): choose one with the same')
 
 # %% ../../nbs/1_model/08_guidance.ipynb #792618e6
 class Denoiser:
@@ -248,7 +249,7 @@ def without(self:Denoiser,
 # %% ../../nbs/1_model/08_guidance.ipynb #fe0fd0b1
 @patch
 def _with_features(self:Denoiser, x, t):
-    "Raw predictions with the prompt, and the features that the innermost network got from outside (None: it takes none)."
+    "Raw predictions with the prompt, and the features that the innermost network got from outside or None."
     around, kept = inner_network(self.model, 2), []
     if not around.config.inner_input: return self.call(x, t, self.prompt), None
     handle = around.in_adapter.register_forward_hook(lambda module, inputs, features: kept.append(features))

@@ -191,8 +191,9 @@ def join_problem(
     while isinstance(model, NestedUNetConfig):
         apart = not model.inner_input and diffusion.double_loss
         if not (model.inner_from or apart):
-            return (f'1: the network {place}.inner was only trained inside another one. Train with diffusion.mixed_ratio '
-                    f'and diffusion.double_loss, or, if it was trained alone before, name that checkpoint in {place}.inner_from')
+            return (f'1: the network {place}.inner was only trained inside another one. Train with '
+                    'diffusion.mixed_ratio and diffusion.double_loss, or, if it was trained alone before, '
+                    f'name that checkpoint in {place}.inner_from')
         model, place = model.inner, f'{place}.inner'
 
 # %% ../../nbs/1_model/09_sampler.ipynb #57db06c2

@@ -30,11 +30,11 @@ class SampleConfig:
     spacing: Spacing = 'logsnr'                 # which steps are taken: even in log-SNR, even in time (uniform), or even in time from step N on (trailing)
     guidance_interval: tuple[Share, Share] = (0., 1.) # guide only within these shares of the steps; 0 is clean, 1 is noise
     guidance_rescale: Share = 0.                # share of the contrast added by guidance that is taken back
-    guidance_parallel: Share = 1.               # share of guidance along the picture itself, which burns out colours; 1: all of it
-    guidance_limit: Annotated[float, Field(ge=0)] = 0. # most that the prompt may change, root mean square over the pixels; 0: any
-    guidance_momentum: Annotated[float, Field(ge=-1, le=0)] = 0. # below 0: guidance turns away from that of earlier steps
-    guidance_networks: Guided = 'all'           # networks that run without the prompt; inner: the innermost one alone, which is faster
-    join: Share = 1.                            # share of the steps at which outer networks join the inner ones; 1: at the first step
+    guidance_parallel: Share = 1.               # share of guidance along the picture, which burns out colours; 1: all
+    guidance_limit: Annotated[float, Field(ge=0)] = 0. # largest change by the prompt, root mean square; 0: any
+    guidance_momentum: Annotated[float, Field(ge=-1, le=0)] = 0. # below 0: turn away from earlier guidance
+    guidance_networks: Guided = 'all'           # networks that run without the prompt; inner: the innermost, for speed
+    join: Share = 1.                            # share of the steps at which outer networks join; 1: at the first step
 
     @property
     def projected(self)->bool: # whether a difference is taken apart before it is added
@@ -48,4 +48,4 @@ class SampleConfig:
                 (not 0 <= low < high <= 1, 'guidance_interval',
                  'two numbers from 0 (clean) to 1 (noise), the smaller one first'),
                 (self.guidance_rescale > 0 and self.projected, 'guidance_rescale',
-                 '0: {place}.guidance_parallel, guidance_limit and guidance_momentum replace it, so choose one of the two ways')]
+                 '0: guidance_parallel, guidance_limit and guidance_momentum take its place')]

@@ -20,9 +20,9 @@ from mdm.recipe import load_recipe
 from mdm.utils.configs import changed
 from mdm.utils.pictures import to_pil
 
-joins, tokens = (1., .9, .8, .7, .6, .5, .4, .3, .2), 32         # the length of a prompt hardly matters
+tokens = 32                              # of a prompt; hardly matters
 
-def ways(config):
+def ways(config, joins):
     "Every way of sampling, the usual one first."
     return [changed(config, 'sample', join=join, guidance_networks=networks) for networks in ('all', 'inner') for join in joins]
 
@@ -86,13 +86,14 @@ if __name__ == '__main__':
     parser.add_argument('recipes', nargs='*', default=['cc12m_256x256', 'cc12m_1024x1024'])
     parser.add_argument('--model', help='checkpoint of a model of shapes whose inner network was trained alone')
     parser.add_argument('--captions', type=int, default=128, help='held-out captions that --model draws (%(default)s)')
+    parser.add_argument('--joins', type=float, nargs='+', default=[1., .9, .8, .7, .6, .5, .4, .3, .2], help='values of sample.join, the first one 1')
     parser.add_argument('--steps', type=int, help="steps of a picture (the recipe's)")
     args = parser.parse_args()
     if args.model:
         pipe = MDMPipeline.from_pretrained(args.model, device='cpu')
-        configs = ways(pipe.config(steps=args.steps))
+        configs = ways(pipe.config(steps=args.steps), args.joins)
         print('\n'.join(table(pipe.recipe, configs, figures(pipe, shapes_captions(args.captions, held_out=True, seed=7), configs))))
     else:
         for name in args.recipes:
             recipe = load_recipe(name)
-            print('\n'.join(table(recipe, ways(changed(recipe.sample, 'sample', steps=args.steps)))) + '\n', flush=True)
+            print('\n'.join(table(recipe, ways(changed(recipe.sample, 'sample', steps=args.steps), args.joins))) + '\n', flush=True)
