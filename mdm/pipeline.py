@@ -21,10 +21,10 @@ from torch import nn
 from .checkpoint import load_model
 from .diffusion.guidance import Guide, Prompt
 from .diffusion.objective import Diffusion
-from .diffusion.sampler import Given, PictureNoise, Step, join_problem, sample_steps
+from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
-from .recipe import Recipe
+from .recipe import Recipe, check_join, check_steps
 from .text import TextEncoder, create_text_encoder
 from .utils.configs import ConfigError, changed, nearest
 from .utils.pictures import from_pil, open_picture, to_pil
@@ -96,17 +96,10 @@ def config(self:MDMPipeline,
     if solver is None and eta: solver = 'ddim'               # the only solver that eta means something to
     if eta is None and solver not in (None, 'ddim'): eta = 0.
     config = changed(self.recipe.sample, 'sample', **{**changes, 'solver': solver, 'eta': eta})
-    if problems := self._unfit(config): raise ConfigError('sampling', problems)
+    model, diffusion = self.recipe.model, self.recipe.diffusion
+    problems = check_steps(diffusion, config) + check_join(model, diffusion, config)
+    if problems: raise ConfigError('sampling', problems)
     return config
-
-@patch
-def _unfit(self:MDMPipeline, config):
-    "Lines for `ConfigError` about settings that this model cannot serve."
-    n, lines = self.recipe.diffusion.num_steps, []
-    if config.steps > n: lines.append(f'sample.steps: found {config.steps}, expected a number up to diffusion.num_steps = {n}')
-    problem = join_problem(self.recipe.model, self.recipe.diffusion) if config.join < 1 else None
-    if problem: lines.append(f'sample.join: found {config.join}, expected {problem}')
-    return lines
 
 # %% ../nbs/3_training/03_pipeline.ipynb #acbcf302
 @patch
