@@ -19,11 +19,12 @@ from fastcore.meta import delegates
 from PIL import Image
 from torch import nn
 from .checkpoint import load_model
+from .diffusion.guidance import Guide, Prompt
 from .diffusion.objective import Diffusion
 from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
-from .recipe import Recipe
+from .recipe import Recipe, check_join, check_steps
 from .text import TextEncoder, create_text_encoder
 from .utils.configs import ConfigError, changed, nearest
 from .utils.pictures import from_pil, open_picture, to_pil
@@ -95,9 +96,10 @@ def config(self:MDMPipeline,
     if solver is None and eta: solver = 'ddim'               # the only solver that eta means something to
     if eta is None and solver not in (None, 'ddim'): eta = 0.
     config = changed(self.recipe.sample, 'sample', **{**changes, 'solver': solver, 'eta': eta})
-    n = self.recipe.diffusion.num_steps
-    if config.steps <= n: return config
-    raise ConfigError('sampling', [f'sample.steps: found {config.steps}, expected a number up to diffusion.num_steps = {n}'])
+    model, diffusion = self.recipe.model, self.recipe.diffusion
+    problems = check_steps(diffusion, config) + check_join(model, diffusion, config)
+    if problems: raise ConfigError('sampling', problems)
+    return config
 
 # %% ../nbs/3_training/03_pipeline.ipynb #acbcf302
 @patch
@@ -109,18 +111,34 @@ def steps(self:MDMPipeline,
     config:SampleConfig|None=None, # how to sample; None: as in the recipe
     given:Given|None=None, # what is known of the pictures: `for_upscale`, `for_img2img` or `for_inpaint`
     device_noise:bool=False, # draw noise on the GPU: faster for 'ddpm', but other pictures than on a CPU
+    guide:'MDMPipeline|None'=None, # a weaker model to push away from, instead of from an empty prompt (autoguidance)
 )->Iterator[Step]: # one for every step taken, all pictures together; close it, or leave the loop, to stop
     "Sample one batch, step by step."
     config, uncond, uncond_mask = config or self.recipe.sample, None, None
+    weaker = guide and guide.as_guide(prompts, negative_prompts, self.device)
     cond, mask = self.encoder(prompts)
-    if config.guidance != 1: uncond, uncond_mask = self.encoder(negative_prompts or ['']*len(prompts))
+    if config.guidance != 1 and not guide: uncond, uncond_mask = self.encoder(negative_prompts or ['']*len(prompts))
     draw = PictureNoise(range(len(prompts)) if seeds is None else seeds, self.device, device_noise)
     todo = sample_steps(self.model, self.diffusion, self.recipe.data.image_size, cond, mask, uncond, uncond_mask,
-                        config=config, seeds=draw, device=self.device, given=given)
+                        config=config, seeds=draw, device=self.device, given=given, guide=weaker)
     while True:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16): step = next(todo, None)
         if step is None: return
         yield step
+
+# %% ../nbs/3_training/03_pipeline.ipynb #6d301f0a
+@patch
+def as_guide(self:MDMPipeline,
+    prompts:list[str], # one per picture
+    negative_prompts:list[str]|None, # those of the guided pipeline: none, or empty ones
+    device:torch.device, # of the guided pipeline
+)->Guide: # for `sample_steps`; raises ValueError for a negative prompt, or another device
+    "Make this model the one to push away from."
+    if any(negative_prompts or []):
+        raise ValueError('a negative prompt and a guide do not go together: the guide takes its place, so leave one of them out')
+    if self.device != device:
+        raise ValueError(f'the guide is on {self.device} and the model on {device}: move it with guide.to({str(device)!r})')
+    return Guide(self.model, self.diffusion, Prompt(*self.encoder(prompts)))
 
 # %% ../nbs/3_training/03_pipeline.ipynb #2fa3ea16
 def _finish(steps, report):
@@ -143,6 +161,7 @@ def __call__(self:MDMPipeline,
     progress:Callable[[int, int], object]|None=None, # called with (steps taken, steps in all); stops when it returns False
     given:Given|None=None, # what is known of the pictures, as for `steps`
     device_noise:bool=False, # draw noise on the GPU, as for `steps`
+    guide:'MDMPipeline|None'=None, # a weaker model to push away from, as for `steps`
     **kwargs, # for `config`
 )->list: # PIL pictures, only finished batches when it was stopped; raises `ConfigError` or ValueError for impossible values
     "Make pictures of a prompt."
@@ -155,7 +174,7 @@ def __call__(self:MDMPipeline,
     for done, i in enumerate(starts):
         batch = prompts[i:i + batch_size]
         seeds = list(range(seed + i, seed + i + len(batch)))
-        steps = self.steps(batch, [negative_prompt]*len(batch), seeds, config, given, device_noise)
+        steps = self.steps(batch, [negative_prompt]*len(batch), seeds, config, given, device_noise, guide)
         report = lambda step: progress and progress(done*step.total + step.index, len(starts)*step.total)
         finished = _finish(steps, report)
         if finished is None: break

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'Recipe', 'RecipeError', 'valid_keys', 'read_model',
            'check_weights', 'check_batch', 'check_text', 'check_image_size', 'init_checkpoints', 'check_freeze',
-           'check_steps', 'check_segments', 'check_dropout', 'check_recipe', 'read_sections', 'build_recipe',
-           'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml', 'apply_overrides',
-           'load_recipe']
+           'check_steps', 'check_join', 'check_segments', 'check_dropout', 'check_recipe', 'read_sections',
+           'build_recipe', 'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml',
+           'apply_overrides', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
 import json, re
@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
+from .diffusion.sampler import join_problem
 from .diffusion.settings import SampleConfig
 from .models.nested_unet import NestedUNetConfig, model_scales
 from .models.unet import UNetConfig
@@ -244,6 +245,16 @@ def check_steps(
     if sample.steps <= n: return []
     return [_line('sample.steps', sample.steps, f'a number up to diffusion.num_steps = {n}')]
 
+# %% ../nbs/3_training/01_recipe.ipynb #15041527
+def check_join(
+    model:UNetConfig, # the networks
+    diffusion:DiffusionConfig, # whether batches were mixed
+    sample:SampleConfig, # when outer networks join
+)->list[str]: # lines for `RecipeError`
+    "Inner networks that run alone were trained alone."
+    problem = join_problem(model, diffusion) if sample.join < 1 else None
+    return [_line('sample.join', sample.join, problem)] if problem else []
+
 # %% ../nbs/3_training/01_recipe.ipynb #bceebb50
 def check_segments(
     distill:DistillConfig, # segments and the teacher's steps in them
@@ -268,15 +279,16 @@ def check_dropout(
 # %% ../nbs/3_training/01_recipe.ipynb #b7dbe132
 _between = [(check_weights, 'model', 'diffusion'), (check_batch, 'diffusion', 'train'), (check_text, 'model', 'text'),
             (check_image_size, 'model', 'data'), (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
-            (check_segments, 'distill', 'diffusion'), (check_dropout, 'distill', 'train')]
+            (check_segments, 'distill', 'diffusion'), (check_dropout, 'distill', 'train'),
+            (check_join, 'model', 'diffusion', 'sample')]
 
 def check_recipe(
     **parts, # the model and the other sections by name; None: could not be read
 )->list[str]: # lines for `RecipeError`
     "What cannot work between sections. A section's own rules are in its class."
     lines = []
-    for check, a, b in _between:
-        if parts.get(a) and parts.get(b): lines += check(parts[a], parts[b])
+    for check, *names in _between:
+        if all(parts.get(k) for k in names): lines += check(*(parts[k] for k in names))
     return lines
 
 # %% ../nbs/3_training/01_recipe.ipynb #6705c0df

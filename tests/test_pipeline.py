@@ -216,3 +216,35 @@ def test_the_default_draws_what_captions_say(shapes):
 @pytest.mark.parametrize('name', ['cc12m_64x64', 'cc12m_256x256', 'cc12m_1024x1024'])
 def test_recipes_of_released_models_keep_their_sampling(name):
     assert load_recipe(name).sample == SampleConfig(steps=50, guidance=3., solver='ddim', spacing='uniform', threshold='clip')
+
+def test_a_guide_takes_the_place_of_the_empty_prompt(pipe, calls):
+    "Pushed away from another model with its own text encoder; a batch is not doubled, and the pictures do not depend on their batch."
+    torch.manual_seed(1)
+    weak = create_model(pipe.recipe.model, pipe.recipe.text.dim)
+    weak.load_state_dict({k: v + .02*torch.randn_like(v) for k, v in pipe.model.state_dict().items()})
+    guide = MDMPipeline(weak, pipe.recipe, device='cpu', bf16=False)
+    guided = pipe(prompt, n=3, guide=guide)
+    assert calls == [3]*4
+    assert not same(guided, pipe(prompt, n=3)) and not same(guided, pipe(prompt, n=3, guidance=1.))
+    assert same(pipe(prompt, n=3, batch_size=2, guide=guide), guided)
+    assert same(pipe(prompt, n=1, guide=pipe), pipe(prompt, n=1, guidance=1.))                 # its own guide does nothing
+    small = guided[0].resize((8, 8))
+    assert len(pipe.upscale(small, prompt, n=1, guide=guide)) == 1 and len(pipe.img2img(guided[0], prompt, n=1, guide=guide)) == 1
+
+def test_a_guide_that_does_not_fit(pipe, calls):
+    recipe = load_recipe('shapes', tiny)
+    recipe.model = recipe.model.inner
+    flat = MDMPipeline(create_model(recipe.model, 16), recipe, device='cpu', bf16=False)
+    with pytest.raises(ValueError, match='a negative prompt and a guide do not go together'): pipe(prompt, negative_prompt='blur', guide=pipe)
+    with pytest.raises(ValueError, match=r'the guide has the resolutions \[1\], and the model \[2, 1\]'): pipe(prompt, guide=flat)
+    with pytest.raises(ValueError, match='a guide does nothing'): pipe(prompt, guide=pipe, guidance=1.)
+    assert not calls
+
+def test_joining_late_is_for_models_whose_inner_network_was_trained_alone(pipe, calls):
+    with pytest.raises(ConfigError, match='sample.join: found 0.5, expected 1: the network model.inner was only trained inside another one'): pipe(prompt, join=.5)
+    assert not calls
+    mixed = MDMPipeline(pipe.model, load_recipe('shapes', tiny + ['diffusion.mixed_ratio=[2,1]', 'sample.join=0.5', 'sample.spacing=trailing']), device='cpu', bf16=False)
+    pictures = mixed(prompt, n=2)
+    assert calls == [4, 4] and len(pictures) == 2                                              # t = 1000, 750 inside alone; 500, 250
+    assert same(mixed(prompt, n=2, join=1.), pipe(prompt, n=2, spacing='trailing'), 0)
+    with pytest.raises(ConfigError, match='sample.join: found 0.5'): load_recipe('shapes', tiny + ['sample.join=0.5'])

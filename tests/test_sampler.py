@@ -4,7 +4,8 @@ from typing import get_args
 import pytest, torch
 from mdm.diffusion.objective import Diffusion, DiffusionConfig, pyramid
 from mdm.models.nested_unet import NestedUNetConfig, create_model
-from mdm.diffusion.sampler import Given, PictureNoise, for_img2img, for_inpaint, for_upscale, push, sample, sample_steps
+from mdm.diffusion.guidance import push
+from mdm.diffusion.sampler import Given, PictureNoise, for_img2img, for_inpaint, for_upscale, sample, sample_steps
 from mdm.diffusion.settings import SampleConfig
 from mdm.diffusion.schedule import from_x0, schedules
 from mdm.diffusion.settings import Solver, Spacing

@@ -119,6 +119,16 @@ def _save_singles(pictures, captions, folder, seed, about):
     return sum(map(len, pictures))
 
 # %% ../../nbs/5_edges/07_sample.ipynb #d53d809a
+def _load_guide(args, device):
+    "The guide as an argument of the pipeline, and what is written about it; both empty without `--guide`."
+    if not args.guide:
+        if args.guide_ema is not None: raise ValueError('--guide-ema needs --guide: name the checkpoint of the weaker model')
+        return {}, {}
+    from mdm.pipeline import MDMPipeline
+    guide = MDMPipeline.from_pretrained(args.guide, ema=args.guide_ema, device=device)
+    return dict(guide=guide), dict(guide=args.guide) | ({} if args.guide_ema is None else dict(guide_ema=args.guide_ema))
+
+# %% ../../nbs/5_edges/07_sample.ipynb #0fb73a3f
 def _sample_command(
     args:argparse.Namespace, # of `mdm_sample`
 ):
@@ -129,13 +139,13 @@ def _sample_command(
         device=check_device(args.device))
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
-    tool, given = choose_tool(pipe, args)
+    (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
     pictures = sample_with_bar(tool, prompts, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt,
-                               batch_size=args.batch_size, **wishes)
+                               batch_size=args.batch_size, **guide, **wishes)
     if not args.every_resolution: pictures = pictures[:1]
     captions = [p for p in prompts for _ in range(args.n)]
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
-    about = dict(negative_prompt=args.negative_prompt, **asdict(config), **given, checkpoint=args.checkpoint,
+    about = dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=args.checkpoint,
                  weights=weights, software='mdm')
     sheet = make_sheet(pictures, [f'{p} (seed {args.seed + k})' for k, p in enumerate(captions)])
     single = out.suffix.lower() == '.png'
@@ -179,6 +189,10 @@ def mdm_sample(
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
     add('--n', type=at_least(1), default=4, help='pictures per prompt (%(default)s)')
     _add_tool_flags(parser)
+    add('--guide', metavar='CHECKPOINT',
+        help='a weaker model of the same resolutions to push away from, instead of from an empty prompt: '
+             'an earlier checkpoint, or the same one with --guide-ema')
+    add('--guide-ema', metavar='DECAY', type=float, help='which moving average of --guide, where training kept several (the first)')
     add('--every-resolution', action='store_true',
         help="save the smaller pictures of the model's inner resolutions too")
     add('--output', metavar='PATH', default='samples',
