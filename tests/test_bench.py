@@ -100,3 +100,14 @@ def test_a_batch_that_does_not_fit(monkeypatch):
     assert trainer.fits(2) and not trainer.fits(4) and gpu.largest_batch(trainer.fits, 4) == 2
     gpu.measure_training(trainer, 4, 1., written.append, mode='eager', layout='contiguous')
     assert written[0]['error'] == 'out of memory' and written[0]['batch'] == 4
+
+# ---- inference on a CPU
+
+def test_the_benchmark_of_inference_on_a_cpu():
+    done = run_script('cpu_inference.py', '--rehearse', '--batches', 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    networks = [o.split(' | ') for o in lines if o.startswith('| cc12m')]
+    assert [o[0] for o in networks] == ['| cc12m_64x64', '| cc12m_256x256', '| cc12m_1024x1024'] and all(float(o[5]) > 0 for o in networks)
+    assert [o.split(' | ')[0] for o in lines[-8:] if o.startswith('| ')][-6:] == ['| text encoder', '| network', '| to pictures', '| everything else', '| in all',
+                                                                               '| one of 1 evaluations of 8']

@@ -207,7 +207,7 @@ def speed_eager(size, write, rehearsal, known=()):
     "Eager training steps at the largest batch and at 32, in both memory formats, and sampling."
     import torch
     trainer, few, drawn = start_speed(size, rehearsal)
-    bound = 512 if not rehearsal else 4 if size == 1024 else 2
+    bound = 4 if rehearsal else 512
     best = largest_batch(trainer.fits, bound)
     if not best: raise MemoryError(f'{sizes[size]}: not even one picture fits')
     flops = flops_per_picture(trainer, min(best, 6))
@@ -221,16 +221,18 @@ def speed_eager(size, write, rehearsal, known=()):
 
 def speed_compiled(size, write, rehearsal, known=()):
     "Compiled training steps at the batch that fitted without compilation and at 32, and sampling."
+    import torch
     trainer, few, drawn = start_speed(size, rehearsal)
     fit = next((o for o in known if o['kind'] == 'fit' and o['recipe'] == sizes[size]), {})
     best = fit.get('largest_batch', few)
     flops = fit['tflop_per_picture']*1e12 if fit else flops_per_picture(trainer, 3)
-    if not rehearsal: trainer.model.compile(dynamic=False)
-    elif size == 64: trainer.model.compile(backend='eager')  # traces one network; compiling all takes minutes on a CPU
+    trainer.model.compile(dynamic=False)
     labels = dict(mode='compiled', layout='contiguous')
-    measure_training(trainer, best, flops, write, **labels)
-    measure_sampling(trainer.bench, drawn, rehearsal, write, **labels)
-    if best != few: measure_training(trainer, few, flops, write, **labels)
+    # compiling takes a minute per network, and a C++ compiler on a CPU: a rehearsal runs the network as it is
+    with torch.compiler.set_stance('force_eager' if rehearsal else 'default'):
+        measure_training(trainer, best, flops, write, **labels)
+        measure_sampling(trainer.bench, drawn, rehearsal, write, **labels)
+        if best != few: measure_training(trainer, few, flops, write, **labels)
 
 def run_tests(write, rehearsal, known=()):
     "The tests with the marker `gpu`, of the files that have it (rehearsal: of the last one)."
