@@ -331,11 +331,6 @@ def denoise(self:UNet,
     return [self.conv_out(F.silu(self.norm_out(h))), *inner], h
 
 # %% ../../nbs/1_model/03_unet.ipynb #96d5380e
-def _channels_last(x):
-    "Pictures in the memory format that is faster where a CPU samples; elsewhere as they are."
-    if x[0].device.type != 'cpu' or torch.is_grad_enabled(): return x
-    return [o.contiguous(memory_format=torch.channels_last) for o in x]
-
 @patch
 def forward(self:UNet,
     x:list[Tensor], # noisy pictures, highest resolution first, each [B,3,H,W]
@@ -345,8 +340,10 @@ def forward(self:UNet,
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
 )->list[Tensor]: # predictions, one for each picture of `x`
     "Predict what the noise hides, at every resolution."
-    preds, _ = self.denoise(_channels_last(x), t, self.encode_text(cond, mask), micros or {})
-    return [o.contiguous() for o in preds]
+    cpu_samples = x[0].device.type == 'cpu' and not torch.is_grad_enabled()
+    if cpu_samples: x = [o.contiguous(memory_format=torch.channels_last) for o in x]
+    preds, _ = self.denoise(x, t, self.encode_text(cond, mask), micros or {})
+    return [o.contiguous() for o in preds] if cpu_samples else preds
 
 # %% ../../nbs/1_model/03_unet.ipynb #f6b55783
 @patch(as_prop=True)
