@@ -45,6 +45,26 @@ def test_every_problem_of_a_nest_is_named_with_its_place():
     with pytest.raises(ConfigError) as e: create_model(nest(small(num_heads=5, dropout=2.), num_resnets=[1]))
     assert [p.split(':')[0] for p in e.value.problems] == ['num_resnets', 'inner.num_heads', 'inner.dropout']
 
+def test_a_cpu_samples_in_channels_last():
+    "Inside, every level has that format; what comes out has the usual one, and the values of a network that runs in the usual one."
+    model, seen = awake(create_model(nest(nest(small())), 8)), []
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous(memory_format=torch.channels_last))) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    x, t, cond = [torch.randn(2, 3, s, s) for s in (32, 16, 8)], torch.tensor([3, 700]), torch.randn(2, 4, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        outs = model(x, t, cond)
+        assert all(seen) and len(seen) == len(hooks) and all(o.is_contiguous() for o in outs)
+        usual, _ = model.denoise(x, t, model.encode_text(cond, None), {})
+    assert not all(seen[len(hooks):])
+    for a, b in zip(outs, usual): assert (a.float() - b.float()).abs().max() <= .03*b.abs().max()
+
+def test_training_and_float32_keep_their_memory_format():
+    model, seen = awake(create_model(nest(small()), 8)), []
+    model.conv_in.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous()))
+    x = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]
+    with torch.enable_grad(), torch.autocast('cpu', torch.bfloat16): model(x, torch.tensor([3, 700]))
+    model(x, torch.tensor([3, 700]))
+    assert seen == [True, True]
+
 def test_time_dims_may_differ_without_pooled_text():
     model = awake(create_model(nest(small(pooled_text=False), time_dim=32), 8))
     x = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]

@@ -340,7 +340,10 @@ def forward(self:UNet,
     micros:dict[str, Tensor]|None=None, # micro-conditioning by name [B]
 )->list[Tensor]: # predictions, one for each picture of `x`
     "Predict what the noise hides, at every resolution."
-    return self.denoise(x, t, self.encode_text(cond, mask), micros or {})[0]
+    cpu_samples = x[0].device.type == 'cpu' and not torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
+    if cpu_samples: x = [o.contiguous(memory_format=torch.channels_last) for o in x]
+    preds, _ = self.denoise(x, t, self.encode_text(cond, mask), micros or {})
+    return [o.contiguous() for o in preds] if cpu_samples else preds
 
 # %% ../../nbs/1_model/03_unet.ipynb #f6b55783
 @patch(as_prop=True)

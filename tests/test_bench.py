@@ -1,0 +1,113 @@
+"The scripts of tests/bench: each has a small form that runs here. No test looks at a time."
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from bench import gpu
+
+bench = Path(gpu.__file__).parent
+
+def run_script(name, *args):
+    "Run a script of tests/bench from another folder, with the working tree alone to import from."
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    return subprocess.run([sys.executable, bench/name, *map(str, args)], cwd=bench.parent, env=env, capture_output=True, text=True)
+
+# ---- everything for one GPU
+
+@pytest.fixture(scope='module')
+def rehearsal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('gpu')
+    done = run_script('gpu.py', '--rehearse', '--output', folder)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return folder, json.loads((folder/'result.json').read_text())
+
+def rows(result, kind): return [r for part in result['parts'].values() for r in part['rows'] if r['kind'] == kind]
+
+def test_every_part_of_the_gpu_benchmark_runs(rehearsal):
+    folder, result = rehearsal
+    assert list(result['parts']) == list(gpu.budgets) and {p['status'] for p in result['parts'].values()} == {'done'}
+    tests, = rows(result, 'tests')
+    assert tests['code'] == 0 and tests.get('passed', 0) + tests.get('skipped', 0) > 0 and 'failed' not in tests
+    for kind in ('training', 'sampling'):
+        assert {(r['recipe'], r['mode']) for r in rows(result, kind)} == {(o, m) for o in gpu.sizes.values() for m in ('eager', 'compiled')}
+        assert all(r['pictures_per_s'] > 0 and r['waits'] is None for r in rows(result, kind))
+    assert {r['layout'] for r in rows(result, 'training')} == {'contiguous', 'channels_last'}
+    assert all(r['tflop_per_picture'] > 0 and r['utilisation'] is None and r['batch'] in (2, 4) for r in rows(result, 'training'))
+    assert rows(result, 'small training')[0]['steps'] == 3 and (folder/'sheet.png').stat().st_size > 1000
+
+def test_the_table_of_the_gpu_benchmark(rehearsal):
+    folder, result = rehearsal
+    text = (folder/'table.md').read_text()
+    assert text.startswith(f"none (rehearsal on a CPU), {result['date']}, torch {torch.__version__}") and 'say nothing' in text
+    assert text.count('| cc12m_64x64 | compiled |') == len([r for r in rows(result, 'training') + rows(result, 'sampling')
+                                                             if (r['recipe'], r['mode']) == ('cc12m_64x64', 'compiled')])
+    assert all(f'| {name} | done' in text for name in gpu.budgets)
+
+def test_the_operations_of_a_recipe_are_counted():
+    "On a small network, against a count by hand: a convolution of 3 x 3 multiplies and adds, and its backward pass costs twice as much."
+    from bench_models import count_flops
+    conv, x = torch.nn.Conv2d(4, 8, 3, padding=1), torch.randn(2, 4, 6, 6, requires_grad=True)
+    forward = 2*2*36*4*8*9
+    assert count_flops(lambda: conv(x)) == forward and count_flops(lambda: conv(x).sum().backward()) == 3*forward
+
+def test_a_machine_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as e: gpu.main([])
+    assert e.value.code == 2 and 'no CUDA GPU' in (said := capsys.readouterr().err) and '--rehearse' in said
+
+def part(tmp_path, code, seconds=60):
+    "A part that is a line of Python, and writes one row first."
+    rows = tmp_path/'part.jsonl'
+    before = f'open({str(rows)!r}, "w").write(\'{{"kind": "first"}}\\n{{"kind": "half\'); '
+    return gpu.run_part([sys.executable, '-c', before + code], rows, tmp_path/'log', seconds)
+
+@pytest.mark.parametrize('code, status, said', [('1', 'done', None), ('1/0', 'failed', 'ZeroDivisionError'), ('import os; os.abort()', 'failed', 'exit status -6'),
+    ('import no_such_package.inner', 'left out', 'the package no_such_package is not installed')])
+def test_a_part_that_ends(tmp_path, code, status, said):
+    found = part(tmp_path, code)
+    assert found['status'] == status and found['rows'] == [{'kind': 'first'}]
+    assert said in found['error'] if said else 'error' not in found
+
+def test_a_part_that_takes_too_long(tmp_path):
+    found = part(tmp_path, 'import sys, time; print(1, flush=True); time.sleep(600)', 1)
+    assert found['status'] == 'out of time' and '1 s' in found['error'] and found['seconds'] < 60
+
+def test_the_other_parts_go_on(tmp_path, monkeypatch):
+    "One part fails and no time is left for the last: the files tell of all."
+    def fails(*args, **kwargs): raise RuntimeError('a | broken\npart')
+    monkeypatch.setattr(gpu, 'speed_eager', fails)
+    monkeypatch.setattr(gpu, 'speed_compiled', lambda size, write, rehearsal, known=(): write(dict(kind='fit', recipe='x')))
+    monkeypatch.setitem(gpu.budgets, 'compiled-256', 1)
+    result = gpu.run_all(['eager-64', 'compiled-64', 'compiled-256'], tmp_path, 8, True)
+    assert {k: p['status'] for k, p in result['parts'].items()} == {'eager-64': 'failed', 'compiled-64': 'done', 'compiled-256': 'left out'}
+    assert json.loads((tmp_path/'result.json').read_text()) == result and 'a / broken part' in (tmp_path/'table.md').read_text()
+    assert '--parts compiled-256' in result['parts']['compiled-256']['error']
+
+@pytest.mark.parametrize('room, bound, best', [(100, 512, 64), (8, 512, 8), (5, 512, 4), (0, 512, 0), (1000, 512, 512), (3, 4, 2), (64, 4, 4)])
+def test_the_largest_batch(room, bound, best):
+    tried = []
+    assert gpu.largest_batch(lambda n: tried.append(n) or n <= room, bound) == best and max(tried) <= bound
+
+def test_peaks_of_cards():
+    assert [gpu.card_peak(o) for o in ('NVIDIA H100 80GB HBM3', 'NVIDIA H100 PCIe', 'NVIDIA L40S', 'NVIDIA L4', 'some other card')] == [989, 756, 362, 121, None]
+
+def test_a_batch_that_does_not_fit(monkeypatch):
+    "Out of memory is an answer, and a row says so."
+    trainer = gpu.Trainer('cc12m_64x64', 'cpu', True)
+    def step(batch, real=trainer.step):
+        if batch > 2: raise torch.OutOfMemoryError('full')
+        real(batch)
+    trainer.step, written = step, []
+    assert trainer.fits(2) and not trainer.fits(4) and gpu.largest_batch(trainer.fits, 4) == 2
+    gpu.measure_training(trainer, 4, 1., written.append, mode='eager', layout='contiguous')
+    assert written[0]['error'] == 'out of memory' and written[0]['batch'] == 4
+
+# ---- inference on a CPU
+
+def test_the_benchmark_of_inference_on_a_cpu():
+    done = run_script('cpu_inference.py', '--rehearse', '--batches', 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    networks = [o.split(' | ') for o in lines if o.startswith('| cc12m')]
+    assert [o[0] for o in networks] == ['| cc12m_64x64', '| cc12m_256x256', '| cc12m_1024x1024'] and all(float(o[5]) > 0 for o in networks)
+    assert [o.split(' | ')[0] for o in lines[-8:] if o.startswith('| ')][-6:] == ['| text encoder', '| network', '| to pictures', '| everything else', '| in all',
+                                                                               '| one of 1 evaluations of 8']
