@@ -216,16 +216,23 @@ def byte_levels(
     return torch.cat(levels).sort().values
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #4c513b47
+@lru_cache
+def _byte_table(signed):
+    "The byte of the nearest level for every number in bfloat16, by its bits."
+    levels = byte_levels(signed)
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().nan_to_num(0.)
+    codes = torch.bucketize(numbers, (levels[1:] + levels[:-1])/2)
+    return codes.clamp(min=0 if signed else 1).to(torch.uint8)
+
 def to_bytes(
     x:Tensor, # numbers in float32 [n], n a multiple of 256
     signed:bool, # False: none is negative
 )->tuple[Tensor, Tensor]: # bytes [n], and the largest number of each block [n/256]
     "Round numbers to the nearest level, block by block."
-    levels, blocks = byte_levels(signed).to(x.device), x.view(-1, 256)
+    blocks = x.view(-1, 256)
     largest = blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)
-    codes = torch.bucketize(blocks/largest, (levels[1:] + levels[:-1])/2, out_int32=True)
-    if not signed: codes.clamp_(min=1)
-    return codes.to(torch.uint8).view(-1), largest.view(-1)
+    bits = (blocks/largest).bfloat16().view(torch.int16).int().bitwise_and_(0xFFFF)
+    return _byte_table(signed).to(x.device)[bits].view(-1), largest.view(-1)
 
 def from_bytes(
     codes:Tensor, # bytes [n]
