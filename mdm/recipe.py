@@ -35,6 +35,7 @@ from .utils.plugins import load_formats
 
 # %% ../nbs/3_training/01_recipe.ipynb #875510fe
 _Fraction = Annotated[float, Field(ge=0, lt=1)]   # 0 <= x < 1
+_Width = Annotated[float, Field(gt=0, le=.28)]    # of a power-function average: 0.28 is nearly all steps alike
 
 # %% ../nbs/3_training/01_recipe.ipynb #1dd72081
 @config_class
@@ -44,7 +45,7 @@ class TrainConfig:
     batch_size: PositiveInt = 32              # pictures per process and forward pass
     accumulate: PositiveInt = 1               # forward passes per optimizer step
     lr: PositiveFloat = 5e-5                  # learning rate after the warm-up
-    optimizer: Literal['adamw', 'adam', 'muon'] = 'adamw' # muon needs fewer steps, each of which takes longer
+    optimizer: Literal['adamw', 'adam', 'muon', 'adamw8bit'] = 'adamw' # muon needs fewer steps, adamw8bit less memory
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[_Fraction, _Fraction] = (.9, .999) # decay of Adam's mean and of its mean square
     warmup_steps: NonNegativeInt = 0          # steps over which the learning rate rises linearly from 0
@@ -52,6 +53,9 @@ class TrainConfig:
     grad_clip: PositiveFloat|None = 2.        # longest gradient (its norm over all weights); null: any
     ema_decay: _Fraction = .9999               # decay of the moving average of the weights
     ema_decays: list[_Fraction] = field(default_factory=list) # decays of further averages, kept beside it
+    ema_dtype: Literal['float32', 'bfloat16'] = 'float32' # of these averages; bfloat16 takes half the memory
+    power_ema: list[_Width] = field(default_factory=list) # relative widths of power-function averages, e.g. [0.05, 0.1]
+    power_ema_every: PositiveInt|None = None  # steps between two snapshots of them; null: as save_every
     bf16: bool = False                        # compute in bfloat16 where that is safe (autocast)
     channels_last: bool = False               # keep the channels of a pixel next to each other in memory
     activation_checkpointing: bool = False    # compute activations twice instead of keeping them: less memory
@@ -76,6 +80,8 @@ def rules(self:TrainConfig):
     "What must hold between the fields, for `violations`."
     decays = [self.ema_decay, *self.ema_decays]
     return [
+        (self.optimizer == 'adamw8bit' and self.fsdp, 'optimizer', 'adamw, adam or muon with {place}.fsdp = true'),
+        (len(set(self.power_ema)) < len(self.power_ema), 'power_ema', 'numbers that differ from each other'),
         (self.warmup_steps > self.steps, 'warmup_steps', f'no more than {{place}}.steps = {self.steps}'),
         (self.lr_schedule == 'one_cycle' and self.warmup_steps, 'warmup_steps',
          '0: {place}.lr_schedule = one_cycle has a warm-up of its own'),

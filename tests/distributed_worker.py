@@ -188,6 +188,32 @@ def frozen_weights_in_slices(rank, world):
     assert full['state'] and not [k for k in full['state'] if k.startswith('inner_unet')]
     assert all(o['step'] == 1 for o in full['state'].values())
 
+def muon_is_shared(rank, world):
+    "Each process orthogonalizes its own matrices, in one exchange for all; the weights are those of a process that does all, and the same in both."
+    from mdm.training import optimizers
+    torch.manual_seed(0)
+    shapes = [(24, 40), (40, 24), (32, 16, 3, 3), (64, 64), (17, 33), (8,)]
+    grads, real, seen, exchanges = [torch.randn(s) for s in shapes], optimizers.orthogonalize, [], []
+    def counted(g): seen.append(len(g)); return real(g)
+    def gathered(t, sizes): exchanges.append(sizes); return gather(t, sizes)
+    gather, optimizers.gather_flat, optimizers.orthogonalize = optimizers.gather_flat, gathered, counted
+    def two_steps():
+        ps = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+        opt = optimizers.Muon(ps, lr=.1)
+        for i in range(2):
+            for p, g in zip(ps, grads): p.grad = g + i
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in ps])
+    shared, mine = two_steps(), sum(seen)
+    assert len(exchanges) == 2 and 0 < mine < 10, (exchanges, seen)
+    seen.clear()
+    joined, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
+    alone = two_steps()
+    torch.distributed.is_initialized = joined
+    assert sum(seen) == 10 and torch.allclose(shared, alone, atol=1e-3)
+    first, second = gather_objects(shared)
+    assert torch.equal(first, second)
+
 def mdm_train_here(argv):
     from mdm.cli.train import mdm_train
     return mdm_train(argv)

@@ -10,7 +10,7 @@ cases = dict(
     ddp={}, accumulate=dict(accumulate=2), thaw=dict(thaw=True), unused=dict(unused=True), inner_alone=dict(recipe=['diffusion.double_loss=false']), mixed=dict(recipe=['diffusion.mixed_ratio=[1,1]']),
     uneven=dict(uneven=True), bad=dict(bad=[(1, 1)]), checkpointing=dict(checkpointing=True), compiled=dict(compile=True, batches=2),
     fsdp=dict(fsdp=True), fsdp_accumulate=dict(fsdp=True, accumulate=2), fsdp_thaw=dict(fsdp=True, thaw=True), fsdp_bad=dict(fsdp=True, bad=[(1, 1)]), fsdp_uneven=dict(fsdp=True, uneven=True),
-    fsdp_muon=dict(fsdp=True, recipe=['train.optimizer=muon']), fsdp_checkpointing=dict(fsdp=True, checkpointing=True))
+    muon=dict(recipe=['train.optimizer=muon']), fsdp_muon=dict(fsdp=True, recipe=['train.optimizer=muon']), fsdp_checkpointing=dict(fsdp=True, checkpointing=True))
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
@@ -77,7 +77,7 @@ def test_training_goes_on_with_any_number_of_processes(two, tmp_path):
         assert found['losses'] == pytest.approx(alone['losses'], rel=1e-4)
         assert all(distance(found['model'][k], v) < 1e-3 for k, v in alone['model'].items())
 
-@pytest.mark.parametrize('name', ['agree', 'different_weights', 'one_vote_per_batch', 'frozen_weights_in_slices'])
+@pytest.mark.parametrize('name', ['agree', 'different_weights', 'one_vote_per_batch', 'frozen_weights_in_slices', 'muon_is_shared'])
 def test_processes_agree(name, tmp_path):
     codes = finish(start(run_call, name, log=tmp_path/'log'))
     assert codes == [0, 0], (tmp_path/'log.0').read_text()[-3000:] + (tmp_path/'log.1').read_text()[-3000:]

@@ -4,17 +4,17 @@ from typing import get_args, get_type_hints
 import pytest, torch
 from torch import nn
 from mdm.training.sharded import full_optimizer_state, load_optimizer_state
-from mdm.training.optimizers import Muon, lr_factor, optimizer_of, orthogonalize
+from mdm.training.optimizers import AdamW8bit, Muon, best_quintics, fast_dtype, lr_factor, optimizer_of, orthogonalize, share_out
 from mdm.recipe import TrainConfig, load_recipe
 
-names = ['adamw', 'adam', 'muon']
+names = ['adamw', 'adam', 'muon', 'adamw8bit']
 
 def make(name, model, *more):
     return optimizer_of(load_recipe('shapes', [f'train.optimizer={name}', 'train.betas=[0.9,0.99]', 'train.weight_decay=0.01', *more]))([[*model.parameters()]], lr=3e-3)
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 1))
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(512, 1))      # the second has 4,608 weights, enough for bytes
 
 def steps(model, opt, n, first=0):
     losses = []
@@ -52,7 +52,7 @@ def test_its_settings_come_from_the_recipe(name):
 def test_other_names_are_refused():
     recipe = load_recipe('shapes')
     recipe.train.optimizer = 'lamb'
-    with pytest.raises(ValueError, match="train.optimizer: found 'lamb', expected one of adamw, adam, muon"): optimizer_of(recipe)
+    with pytest.raises(ValueError, match="train.optimizer: found 'lamb', expected one of adamw, adam, muon, adamw8bit"): optimizer_of(recipe)
 
 @pytest.mark.parametrize('betas', [(.95, .99), (.9, .999)])
 @pytest.mark.parametrize('first', ['inner', 'outer'])
@@ -112,3 +112,89 @@ def test_schedules_stay_within_0_and_1_also_beyond_the_end(kind):
         f = [lr_factor(s, warmup, 40, kind) for s in range(50)]
         assert all(math.isfinite(x) and 0 <= x <= 1 for x in f) and max(f) == pytest.approx(1, abs=.01)
         assert (f[45] == pytest.approx(f[40], abs=1e-6))
+
+@pytest.mark.parametrize('shape', [(64, 64), (48, 432), (256, 256), (32, 16)])
+def test_singular_values_end_in_the_stated_band(shape):
+    "From 0.01 of the bound of the largest one, all end within 0.3 of 1, whatever the spectrum, the scale and the precision."
+    g = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape, generator=g), full_matrices=False)
+    n = min(shape)
+    for values in (torch.ones(n), torch.linspace(1, .05, n), torch.logspace(0, -1.3, n)):
+        for scale in (1e-6, 1., 1e4):
+            after = torch.linalg.svdvals(orthogonalize(u @ torch.diag(values*scale) @ v).float())
+            assert .68 < after.min() and after.max() < 1.32, (values[:3], scale)
+
+def test_three_best_polynomials_come_as_near_as_five_fixed_ones():
+    "Distance from U V^T, against Jordan's coefficients after division by the norm; when a tenth of the directions is below 0.002, it may be a third larger."
+    def fixed(g):
+        x = g/g.norm()
+        for _ in range(5): a = x @ x.mT; x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
+        return x
+    g = torch.Generator().manual_seed(0)
+    turn = lambda m, n: torch.linalg.qr(torch.randn(m, n, generator=g))[0]
+    spread = lambda low: turn(128, 128) @ torch.diag(torch.logspace(0, low, 128)) @ turn(256, 128).T
+    for m, most in ((torch.randn(128, 256, generator=g), 1.05), (torch.randn(128, 128, generator=g), 1.05), (spread(-2), 1.08), (spread(-3), 1.35)):
+        u, _, v = torch.linalg.svd(m, full_matrices=False)
+        near = lambda x: (x.float() - u @ v).norm()
+        assert near(orthogonalize(m)) < most*near(fixed(m)) and near(orthogonalize(m, 4, .003)) < near(fixed(m))
+
+def test_float32_is_used_where_bfloat16_is_slow(monkeypatch):
+    for name in ('avx512_bf16', 'amx_tile'): monkeypatch.setattr(torch.cpu, f'_is_{name}_supported', lambda: False, raising=False)
+    assert fast_dtype(torch.device('cpu')) == torch.float32 and fast_dtype(torch.device('cuda')) == torch.bfloat16
+    g = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    assert orthogonalize(g).dtype == torch.float32 and abs(torch.linalg.svdvals(orthogonalize(g)) - 1).max() < .3
+
+def test_work_is_divided_evenly():
+    costs = [float(1 + i % 7)**2 for i in range(60)]
+    for world in (1, 2, 5):
+        owners = share_out(costs, world)
+        loads = [sum(c for c, o in zip(costs, owners) if o == r) for r in range(world)]
+        assert set(owners) == set(range(world)) and max(loads) < 1.1*sum(costs)/world
+
+def test_muon_stacks_a_matrix_and_one_that_is_turned_round():
+    torch.manual_seed(0)
+    g = torch.randn(24, 40)
+    p, q = nn.Parameter(torch.zeros(24, 40)), nn.Parameter(torch.zeros(40, 24)); p.grad, q.grad = g, g.mT.clone()
+    Muon([p, q], lr=.1).step()
+    assert torch.equal(p, q.mT) and p.abs().max() > 0
+
+def train_plain(opt_of, steps, layout=torch.contiguous_format, frozen=0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.GELU(), nn.Conv2d(64, 32, 3), nn.GELU(), nn.Flatten(), nn.Linear(512, 1)).to(memory_format=layout)
+    opt, losses = opt_of([*model.parameters()]), []
+    for i in range(steps):
+        x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+        loss = (model(x)[:, 0] - x.mean((1, 2, 3))*10).square().mean()
+        loss.backward()
+        if i < frozen: model[0].weight.grad = None
+        opt.step(); opt.zero_grad(); losses.append(loss.item())
+    return model, opt, losses
+
+def test_bytes_learn_as_float32_does():
+    "200 steps with each: equal losses within the noise of the batches."
+    settings = dict(lr=2e-3, betas=(.9, .99), weight_decay=.01)
+    _, _, a = train_plain(lambda ps: torch.optim.AdamW(ps, **settings), 200)
+    _, opt, b = train_plain(lambda ps: AdamW8bit(ps, **settings), 200)
+    assert sum(b[-50:]) == pytest.approx(sum(a[-50:]), rel=.1) and sum(b[-50:])/50 < .5*sum(b[:10])/10
+    assert {v.dtype for s in opt.state.values() for k, v in s.items() if k == 'square'} == {torch.uint8, torch.float32}
+
+def test_bytes_do_not_depend_on_the_memory_format():
+    start, grads = torch.randn(64, 32, 3, 3), torch.randn(3, 64, 32, 3, 3)
+    ps = [nn.Parameter(start.clone(memory_format=o)) for o in (torch.contiguous_format, torch.channels_last)]
+    opts = [AdamW8bit([p], lr=2e-3) for p in ps]
+    for g in grads:
+        for p, opt in zip(ps, opts): p.grad = g.clone(memory_format=torch.preserve_format); opt.step()
+    assert torch.equal(*ps) and ps[1].is_contiguous(memory_format=torch.channels_last) and not torch.equal(ps[0], start)
+    assert torch.equal(opts[0].state[ps[0]]['square'], opts[1].state[ps[1]]['square'])
+
+def test_a_weight_without_gradient_has_no_bytes_and_does_not_change():
+    model, opt, _ = train_plain(lambda ps: AdamW8bit(ps, lr=2e-3, weight_decay=.1), 3, frozen=3)
+    start, _, _ = train_plain(lambda ps: AdamW8bit(ps), 0)
+    assert torch.equal(model[0].weight, start[0].weight) and model[0].weight not in opt.state
+
+def test_bytes_stay_bytes_when_they_are_loaded():
+    model, opt, _ = train_plain(lambda ps: AdamW8bit(ps, lr=2e-3), 3, frozen=3)
+    again = AdamW8bit(model.parameters())
+    load_optimizer_state(again, full_optimizer_state(model, opt))
+    for p, s in opt.state.items():
+        assert again.state[p].keys() == s.keys() and all(torch.equal(again.state[p][k], v) and again.state[p][k].dtype == v.dtype for k, v in s.items() if k != 'step')

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['callback_order', 'joined_batch', 'CaptionDropout', 'TextEncoding', 'Noising', 'DiffusionLoss', 'BFloat16',
-           'Accumulate', 'FreezeNetworks', 'GradientNorm', 'SkipNonFinite', 'CountSteps', 'MovingAverage', 'Every',
-           'memory_used', 'StepLog', 'shows_bars', 'forked_noise', 'Previews']
+           'Accumulate', 'FreezeNetworks', 'GradientNorm', 'SkipNonFinite', 'CountSteps', 'change_dtype',
+           'MovingAverage', 'random_bits', 'lerp_bfloat16', 'power_exponent', 'PowerAverages', 'Every', 'memory_used',
+           'StepLog', 'shows_bars', 'forked_noise', 'Previews']
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #19ad0015
 import math, os, random, sys, time, warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+import numpy as np
 import psutil, torch
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Callback, CancelBatchException, CancelFitException
@@ -32,8 +34,8 @@ callback_order = dict(
     CaptionDropout=1, TextEncoding=2, Noising=3,                                           # the batch
     DistributedTrainer=4, BFloat16=5, LRSchedule=5.5,                                      # model, loss, learning rate
     Accumulate=6, FreezeNetworks=6.2, GradientNorm=6.4, SkipNonFinite=6.6,                 # the gradient
-    MovingAverage=7,                                                                       # the weights
-    StepLog=60, LogRows=62, Previews=80, Checkpoints=81, Clock=99,                         # what is written
+    MovingAverage=7, PowerAverages=7.5,                                                    # the weights
+    StepLog=60, LogRows=62, Previews=80, Snapshots=80.5, Checkpoints=81, Clock=99,         # what is written
     CountSteps=100, Stop=101)                                                              # the end
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #c8065d82
@@ -247,14 +249,24 @@ class CountSteps(Callback):
         if self.stop is not None and self.learn.steps >= self.stop: raise CancelFitException()
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #6ca4499f
+def change_dtype(
+    model:nn.Module, # changed in place
+    dtype:torch.dtype, # of its weights; buffers stay as they are
+)->nn.Module: # the model
+    "Give the weights of a model another dtype."
+    for p in model.parameters(): p.data = p.data.to(dtype)
+    return model
+
+# %% ../../nbs/3_training/05_callbacks.ipynb #792e30f3
 class MovingAverage(Callback):
     "Keep moving averages of the weights, `averages` by decay; `model` is the first."
     order, run_valid = callback_order['MovingAverage'], False
     def __init__(self,
         decay:float=.9999, # decay d
         more:list[float]=(), # further decays, for as many further averages
+        dtype:torch.dtype=torch.float32, # of the averages; bfloat16 takes half the memory
     ):
-        self.decays, self.averages, self.updates = [decay, *more], {}, 0
+        self.decays, self.averages, self.updates, self.dtype = [decay, *more], {}, 0, dtype
 
     @property
     def model(self)->nn.Module: # the averaged network
@@ -264,19 +276,77 @@ class MovingAverage(Callback):
     def start(self):
         "Begin at the weights as they are."
         self.averages = {d: AveragedModel(self.learn.model).eval().requires_grad_(False) for d in self.decays}
+        for average in self.averages.values(): change_dtype(average.module, self.dtype)
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and not self.averages: self.start()
         for average in self.averages.values(): average.to(next(self.learn.model.parameters()).device)
 
-# %% ../../nbs/3_training/05_callbacks.ipynb #04033655
+# %% ../../nbs/3_training/05_callbacks.ipynb #75ab48f4
+def random_bits(
+    n:int, # how many
+    seed:int, # another one gives other numbers
+    device:torch.device|str='cpu', # where to
+)->Tensor: # 16 random bits each, int32 [n]
+    "Mix the bits of 0, 1, 2, ... and of a seed (the finalizer of MurmurHash3)."
+    x = torch.arange(n, device=device).add_(seed*0x9E3779B1).bitwise_and_(0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x.bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
+    return (x >> 16).int()
+
+def lerp_bfloat16(
+    averages:list[Tensor], # in bfloat16, changed in place
+    weights:list[Tensor], # of the same shapes
+    share:float, # of the weights in the new averages
+    seed:int, # of the rounding
+):
+    "Move averages towards weights by a share of the distance, with stochastic rounding."
+    bits = random_bits(max(a.numel() for a in averages), seed, averages[0].device)
+    for a, w in zip(averages, weights):
+        x = torch.lerp(a.float(), w.float(), share)
+        rounded = (x.view(torch.int32) + bits[:x.numel()].view(x.shape)).bitwise_and_(-65536)
+        a.copy_(rounded.view(torch.float32))
+
+# %% ../../nbs/3_training/05_callbacks.ipynb #b1ba4c5c
+@patch
+def share(self:MovingAverage,
+    decay:float, # of an average
+)->float: # 0..1
+    "What part the weights have in an average at this update."
+    return 1 - min(decay, (1 + self.updates)/(10 + self.updates))
+
 @patch
 def after_step(self:MovingAverage):
     self.updates += 1
+    weights = local_tensors(self.learn.model)
     for d, average in self.averages.items():
-        share = 1 - min(d, (1 + self.updates)/(10 + self.updates))
-        torch._foreach_lerp_(local_tensors(average.module), local_tensors(self.learn.model), share)
+        averages = local_tensors(average.module)
+        if self.dtype == torch.bfloat16: lerp_bfloat16(averages, weights, self.share(d), self.updates)
+        else: torch._foreach_lerp_(averages, weights, self.share(d))
+
+# %% ../../nbs/3_training/05_callbacks.ipynb #85c02c27
+def power_exponent(
+    width:float, # relative standard deviation, above 0 and below 0.28
+)->float: # gamma
+    "The exponent of a power-function average (arXiv 2312.02696, equation 126)."
+    return max(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real).item()
+
+# %% ../../nbs/3_training/05_callbacks.ipynb #0414afbb
+class PowerAverages(MovingAverage):
+    "Keep power-function averages of the weights, `averages` by relative width (arXiv 2312.02696)."
+    order = callback_order['PowerAverages']
+    def __init__(self,
+        widths:list[float], # relative standard deviations, each above 0 and below 0.28
+    ):
+        super().__init__(*widths[:1], widths[1:])
+
+@patch
+def share(self:PowerAverages,
+    width:float, # of an average
+)->float: # 0..1
+    "What part the weights have in an average at this update."
+    return 1 - (1 - 1/self.updates)**(power_exponent(width) + 1)
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #b5ce2ad0
 class Every(Callback):

@@ -9,6 +9,7 @@ __all__ = ['build_model', 'grown_networks', 'LRSchedule', 'MDMLearner', 'SmoothL
 # %% ../../nbs/3_training/09_learner.ipynb #31d62f28
 import itertools, math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 import torch
 import fastai.callback.progress                                  # gives a `Learner` its progress bar, and `no_bar`
@@ -29,7 +30,7 @@ from ..text import TextEncoder
 from .callbacks import *
 from .distributed import DistributedTrainer, rank_seed
 from .optimizers import lr_factor, optimizer_of
-from .resume import Checkpoints, load_training, save_training
+from .resume import Checkpoints, Snapshots, load_training, save_training
 from ..utils.pictures import contact_sheet
 from ..utils.ranks import is_main, rank_and_world
 from .distributed import peer_errors
@@ -151,6 +152,7 @@ def pipe(self:MDMLearner)->MDMPipeline: # for sampling from the model as it now 
     "A pipeline around the averaged weights (the raw ones before the first step)."
     model = self.moving_average.model if self.moving_average.averages else self.model
     training = model.training
+    if next(model.parameters()).dtype != torch.float32: model = change_dtype(deepcopy(model), torch.float32)
     pipe = MDMPipeline(model, self.recipe, self.encoder, device=next(self.model.parameters()).device)
     model.train(training)
     return pipe
@@ -200,8 +202,10 @@ def training_callbacks(
     t = recipe.train
     batch = [CaptionDropout(t.caption_dropout, rank_seed(t.seed)), TextEncoding(encoder), Noising(diffusion)]
     gradient = [GradientNorm(t.grad_clip), SkipNonFinite(t.max_nonfinite)]
-    weights = [LRSchedule(t.warmup_steps, t.lr_schedule), MovingAverage(t.ema_decay, t.ema_decays), CountSteps()]
+    average = MovingAverage(t.ema_decay, t.ema_decays, getattr(torch, t.ema_dtype))
+    weights = [LRSchedule(t.warmup_steps, t.lr_schedule), average, CountSteps()]
     cbs = [*batch, DistributedTrainer(t.fsdp), *gradient, *weights]
+    if t.power_ema: cbs.append(PowerAverages(t.power_ema))
     if t.bf16: cbs.append(BFloat16())
     if t.accumulate > 1: cbs.append(Accumulate(t.accumulate*t.batch_size))
     if t.freeze_inner_steps: cbs.append(FreezeNetworks(grown_networks(model), t.freeze_inner_steps))
@@ -305,4 +309,5 @@ def output_callbacks(
         cbs += logger_callbacks(learn.recipe)
     if t.preview_prompts and (main or t.fsdp):
         cbs.append(Previews(lambda: learn.pipe, t.preview_prompts, out/'previews', t.preview_every, main))
+    if t.power_ema: cbs.append(Snapshots(out/'averages', t.power_ema_every or t.save_every))
     return [*cbs, Checkpoints(out, t.save_every, t.keep, t.keep_every)]

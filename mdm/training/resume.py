@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['free_to_change', 'pack', 'unpack', 'random_state', 'set_random_state', 'save_training', 'load_training',
-           'remove_folder', 'step_folders', 'newest_checkpoint', 'Checkpoints', 'differences', 'truncate_log', 'Stop']
+           'remove_folder', 'step_folders', 'newest_checkpoint', 'Checkpoints', 'Snapshots', 'differences',
+           'truncate_log', 'Stop']
 
 # %% ../../nbs/3_training/08_resume.ipynb #272b944c
 import os, random, shutil, signal, threading, time, warnings
@@ -15,13 +16,13 @@ from fastai.learner import CancelFitException, Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from ..checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
-from ..recipe import Recipe, recipe_dict
+from ..checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, write_safetensors
+from ..recipe import Recipe, recipe_dict, save_recipe
 from .callbacks import Every, callback_order
 from .distributed import (RankLoader, flat_dict, gather_objects, is_distributed, max_over_ranks,
                                       peer_errors, rank_seed)
 from .sharded import full_model_state, full_optimizer_state, load_optimizer_state
-from ..utils.files import atomic_write
+from ..utils.files import atomic_folder, atomic_write
 from ..utils.ranks import is_main, rank_and_world
 
 # %% ../../nbs/3_training/08_resume.ipynb #a4ac22b7
@@ -82,11 +83,18 @@ def set_random_state(
 def _counters(learn):
     "The numbers of the callbacks that count."
     log, skip = getattr(learn, 'step_log', None), getattr(learn, 'skip_non_finite', None)
+    power = getattr(learn, 'power_averages', None)
     return dict(
         updates=learn.moving_average.updates,
+        power_updates=power and power.updates,
         skipped=skip and [int(skip.count), int(skip.in_a_row)],
         logged=log and log.logged,
         seconds=log and (time.perf_counter() - log.start if hasattr(log, 'start') else log.elapsed))
+
+def _power_states(learn):
+    "The power-function averages as files of a checkpoint, by name; nothing where none are kept."
+    power = getattr(learn, 'power_averages', None)
+    return {f'power_{w}': full_model_state(a.module) for w, a in power.averages.items()} if power else {}
 
 @peer_errors()
 def save_training(
@@ -95,7 +103,7 @@ def save_training(
 )->Path: # the checkpoint
     "Save all that a training needs to go on; every process must call it. Rank 0 raises `OSError` when it cannot write."
     averages = {decay: full_model_state(a.module) for decay, a in learn.moving_average.averages.items()}
-    raw, optimizer = full_model_state(learn.model), full_optimizer_state(learn.model, learn.opt)
+    raw, optimizer, power = full_model_state(learn.model), full_optimizer_state(learn.model, learn.opt), _power_states(learn)
     processes = gather_objects((random_state(learn), learn.dls.train.state_dict()))
     if not is_main(): return Path(folder)
     of_optimizer, others = {}, {}
@@ -107,14 +115,15 @@ def save_training(
     if log and log.rows: others['log'] = torch.stack(log.rows)         # losses since the last line of the log
     first = averages.pop(learn.moving_average.decays[0])
     return save_checkpoint(
-        folder, learn.recipe, first, raw, learn.steps, averages, {'optimizer': of_optimizer, 'training': others},
-        training=facts)
+        folder, learn.recipe, first, raw, learn.steps, averages,
+        {'optimizer': of_optimizer, 'training': others, **power}, training=facts)
 
 # %% ../../nbs/3_training/08_resume.ipynb #4d444fc6
 def _load_counters(learn, facts, others):
     "The numbers of the callbacks that count, and the losses since the last line of the log."
     log, skip = getattr(learn, 'step_log', None), getattr(learn, 'skip_non_finite', None)
     learn.moving_average.updates = facts['updates']
+    if facts.get('power_updates') is not None: learn.power_averages.updates = facts['power_updates']
     if skip and facts['skipped']: skip.count, skip.in_a_row = facts['skipped']
     if not log or facts['logged'] is None: return
     log.logged, log.elapsed = facts['logged'], facts['seconds']
@@ -143,6 +152,9 @@ def load_training(
     load_weights(learn.model, checkpoint.weights(raw=True), checkpoint.folder)
     average.start()
     for decay, a in average.averages.items(): load_weights(a.module, checkpoint.weights(ema=decay), checkpoint.folder)
+    if power := getattr(learn, 'power_averages', None):
+        power.start()
+        for w, a in power.averages.items(): load_weights(a.module, checkpoint.tensors(f'power_{w}'), checkpoint.folder)
     if learn.opt is None: learn.create_opt()
     load_optimizer_state(learn.opt, unpack(facts['optimizer'], checkpoint.tensors('optimizer')))
     learn.steps, others = checkpoint.step, checkpoint.tensors('training')
@@ -217,8 +229,31 @@ def act(self:Checkpoints):
     for step in [*earlier][:-self.keep]:
         if not (self.keep_every and step % self.keep_every == 0): remove_folder(earlier[step])
 
+# %% ../../nbs/3_training/08_resume.ipynb #e593c8f1
+class Snapshots(Every):
+    "Write the power-function averages every so many steps and at the end of the fit."
+    order, what = callback_order['Snapshots'], 'the snapshot of the averages'
+    def __init__(self,
+        folder:str|Path, # where to; the snapshots are named step_00001000 and so on
+        every:int=5000, # steps between two snapshots
+        dtype:torch.dtype=torch.float16, # of the files; or float32
+    ):
+        super().__init__(every)
+        self.folder, self.dtype = Path(folder), dtype
+
+    def after_fit(self):
+        if self.learn.steps: self.act_once()
+
+    def act(self):
+        states = _power_states(self.learn)
+        if not is_main(): return
+        with atomic_folder(self.folder/f'step_{self.learn.steps:08d}') as new:
+            for name, state in states.items():
+                write_safetensors(new/f'{name}.safetensors', {k: v.to(self.dtype) for k, v in state.items()})
+            save_recipe(self.learn.recipe, new/'recipe.yaml')
+
 # %% ../../nbs/3_training/08_resume.ipynb #d4314e4b
-_free = 'steps log_every loggers save_every keep keep_every preview_every preview_prompts max_nonfinite output'
+_free = 'steps power_ema_every log_every loggers save_every keep keep_every preview_every preview_prompts max_nonfinite output'
 free_to_change = {'name', 'data.workers', *(f'train.{k}' for k in _free.split())}
 
 def differences(
