@@ -142,6 +142,8 @@ def _shapes_flags(p):
     p.add_argument('--seed', type=at_least(0), default=0, help='another seed gives other pictures (%(default)s)')
     p.add_argument('--held-out', action='store_true',
         help='only combinations that training never sees, instead of only those that it does see')
+    p.add_argument('--plain', action='store_true',
+        help='captions that name all five attributes, and drawings that vary half as much: learnt in fewer steps')
     _add_sizes(p)
 
 @_subcommand('shapes', 'shapes on plain backgrounds, drawn on the spot',
@@ -157,11 +159,12 @@ def _shapes(args):
     from mdm.data.shapes import shape_sample
     from mdm.data.shards import ShardWriter, items_bar
     from mdm.utils.configs import changed
-    settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out)
+    settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out,
+        plain=args.plain)
     config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': 'shapes'})
     with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
         for i in items_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
-            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out))
+            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out, args.plain))
     _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #fdac974d

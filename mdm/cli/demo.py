@@ -46,12 +46,12 @@ def draw_captions(
     shown:int=24, # of them on the sheet
     seed:int=0, # of captions and noise
     **info, # more to write into `accuracy.json`
-)->dict[str, float]: # share of right pictures for each of the five properties, and for all that was said in clean pictures ('all')
+)->dict[str, float]: # as `prompt_accuracy`
     "Draw held-out captions and judge the pictures."
     from mdm.data.shapes import shapes_captions
     from mdm.data.shapes_judge import prompt_accuracy
     from mdm.pipeline import MDMPipeline
-    captions = shapes_captions(n, seed)
+    captions = shapes_captions(n, seed, plain=True)
     drawn = sample_with_bar(MDMPipeline.from_pretrained(checkpoint), captions, n=1, seed=seed, batch_size=32)
     save_png(make_sheet([level[:shown] for level in drawn], captions[:shown]), out/'grid.png', seed=seed)
     right = prompt_accuracy(drawn[0], captions)
@@ -87,7 +87,8 @@ def _demo_command(
         clean_demo(out)
         n = min(pictures, t.steps*t.batch_size*t.accumulate)
         print(f'1. Drawing {n:,} pictures of shapes into {out/"shapes"}', flush=True)
-        recipe.data.files = [str(p) for p in write_shapes(out/'shapes', n, recipe.data.image_size, args.seed)]
+        shards = write_shapes(out/'shapes', n, recipe.data.image_size, args.seed, plain=True)
+        recipe.data.files = list(map(str, shards))
         t.output = str(out/'run')
         print(f'2. Training for {t.steps:,} steps', flush=True)
         learn = run_training(recipe)

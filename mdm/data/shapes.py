@@ -86,9 +86,10 @@ def draw(
     shape:Shape,                 # what to draw
     size_px:int=32,              # side of the picture in pixels
     rng:random.Random|None=None, # where the jitter comes from; None: no jitter
+    share:float=1.,              # share of the jitter
 )->Image.Image:                  # RGB picture of size_px by size_px
     "Draw a shape; with `rng` its place, its radius and both colours vary evenly by up to `jitter`."
-    vary, unit = (lambda k: rng.uniform(-jitter[k], jitter[k])) if rng else lambda k: 0, size_px/32
+    vary, unit = (lambda k: share*rng.uniform(-jitter[k], jitter[k])) if rng else lambda k: 0, size_px/32
     rgb = lambda c: tuple(min(max(round(v + vary('colour')), 0), 255) for v in colours[c])
     quarters = [round(4*unit*(16 + _offset*o + vary('place'))) for o in positions[shape.position]]
     (x, fx), (y, fy) = (divmod(q, 4) for q in quarters)      # whole pixels, and the quarters beyond them
@@ -122,7 +123,7 @@ def _forms(said, thing, where, pick):
     forms = [f'{thing} {where}', f'a picture of {thing} {where}', f'{terse} {where}']
     if where: forms += [f'{where}, {thing}', f'the {terse} is {where}']
     if not (b := said.get('background')): return forms
-    if len(said) == 1: return [f'a {b} background', f'something on a {b} background', f'a picture with a {b} background']
+    if len(said) == 1: return [f'{start} {b} background' for start in ('a', 'something on a', 'a picture with a')]
     on = pick([f'on a {b} background', f'on {b}'])
     ends = [f' {on}', f', with a {b} background', f', {b} background', f' {on}', f' and the background is {b}']
     forms = [form + end for form, end in zip(forms, ends)]
@@ -142,15 +143,16 @@ def caption(
     return ' '.join(form.split()).replace(' ,', ',')
 
 # %% ../../nbs/2_data/01_shapes.ipynb #3cebe994
-_fillers = set('a an the is and of with on in at it there picture image drawing shape thing something corner background '
-               'please'.split())
+_fillers = set('''a an the is and of with on in at it there please
+    picture image drawing shape thing something corner background'''.split())
 _names = '|'.join(colours)
-_ground = re.compile(rf'\b({_names}) background\b|\bbackground is ({_names})\b|\bon ({_names})\b(?! {"|".join(shapes)})')
+_ground = re.compile(rf'\b({_names}) background\b|\bbackground is ({_names})\b|\bon ({_names})\b')
 
 def _take(said, key, found, caption):
     "Note the one word that was found for an attribute."
     if len(set(found)) > 1:
-        raise ValueError(f'parse_caption: the caption {caption!r} names more than one {key} ({", ".join(found)}); name one')
+        words = ', '.join(found)
+        raise ValueError(f'parse_caption: the caption {caption!r} names more than one {key} ({words}); name one')
     if found: said[key] = found[0]
 
 def parse_caption(
@@ -169,9 +171,11 @@ def parse_caption(
         text = words.sub(' ', text)
     if unknown := [w for w in text.split() if w not in _fillers]:
         raise ValueError(f'parse_caption: {unknown[0]!r} in the caption {caption!r} is no word of shapes')
-    if not said: raise ValueError(f'parse_caption: the caption {caption!r} names no attribute ({", ".join(attributes)})')
+    if not said:
+        raise ValueError(f'parse_caption: the caption {caption!r} names no attribute ({", ".join(attributes)})')
     if said.get('colour') == said.get('background', ''):
-        raise ValueError(f'parse_caption: {caption!r} asks for a shape in the colour of its background, which cannot be seen')
+        raise ValueError(f'parse_caption: {caption!r} asks for a shape in the colour of its background, '
+                         'which cannot be seen')
     return said
 
 # %% ../../nbs/2_data/01_shapes.ipynb #1a4a457d
@@ -191,19 +195,21 @@ def random_shape(
     seed:int, # another seed, other shapes
     i:int, # number of the picture
     held:bool|None=None, # True: only held-out combinations; False: only those to train on; None: all
+    plain:bool=False, # whether the caption names all five attributes
 )->tuple[Shape, str, random.Random]: # (what it shows, its caption, the random numbers to draw it with)
     "Choose picture `i` of a seed."
     rng = random.Random(f'shapes {seed} {i}')
     shape = rng.choice(all_shapes(held))
-    return shape, caption(shape, rng, choose_said(rng)), rng
+    return shape, caption(shape, rng, None if plain else choose_said(rng)), rng
 
 def shapes_captions(
     n:int,              # how many
     seed:int=0,         # another seed, other captions
     held_out:bool=True, # only combinations that training never sees; False: only those that it does see
+    plain:bool=False,   # whether all captions name all five attributes
 )->list[str]:           # those of `write_shapes` with the same seed
     "Captions to test a model with."
-    return [random_shape(seed, i, held_out)[1] for i in range(n)]
+    return [random_shape(seed, i, held_out, plain)[1] for i in range(n)]
 
 # %% ../../nbs/2_data/01_shapes.ipynb #e863c8ed
 def shape_sample(
@@ -211,11 +217,12 @@ def shape_sample(
     size_px:int=32, # side of the picture in pixels
     seed:int=0, # another seed, other pictures
     held_out:bool|None=False, # as `held` of `random_shape`
+    plain:bool=False, # whether its caption names all five attributes, and it varies half as much
 )->dict: # '__key__', and bytes by extension: png, txt, json
     "Draw picture `i` of a seed as a sample of webdataset."
-    shape, text, rng = random_shape(seed, i, held_out)
+    shape, text, rng = random_shape(seed, i, held_out, plain)
     png = io.BytesIO()
-    draw(shape, size_px, rng).save(png, 'PNG', compress_level=1)
+    draw(shape, size_px, rng, .5 if plain else 1.).save(png, 'PNG', compress_level=1)
     facts = json.dumps({'caption': text, **asdict(shape)})
     return {'__key__': f'{i:08d}', 'png': png.getvalue(), 'txt': text.encode(), 'json': facts.encode()}
 
@@ -227,6 +234,7 @@ def write_shapes(
     seed:int=0,          # another seed, other pictures
     per_shard:int=1000,  # pictures in one tar
     held_out:bool=False, # False: only what training may see; True: only what it may not
+    plain:bool=False,    # captions name all five attributes, and drawings vary half as much: learnt in fewer steps
 )->list[Path]:           # paths of the shards, shapes-000000.tar and on
     "Write shapes as shards. Raises `ValueError` for impossible numbers, `FileExistsError` for shards of another run."
     if n < 1 or per_shard < 1 or size_px < 16:
@@ -240,5 +248,6 @@ def write_shapes(
                               f'that would not be overwritten ({extra[0].name}, ...); remove them or choose another folder')
     for k, path in enumerate(paths):
         with atomic_write(path) as f, TarWriter(f, encoder=False, mtime=0) as tar:
-            for i in range(k*per_shard, min(n, (k+1)*per_shard)): tar.write(shape_sample(i, size_px, seed, held_out))
+            for i in range(k*per_shard, min(n, (k+1)*per_shard)):
+                tar.write(shape_sample(i, size_px, seed, held_out, plain))
     return paths
