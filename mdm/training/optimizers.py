@@ -63,8 +63,8 @@ def fast_dtype(
 
 def orthogonalize(
     g:Tensor, # a matrix [m,n], or several [k,m,n]
-    steps:int=3, # applications of a polynomial
-    low:float=.01, # smallest singular value that is brought near 1, as a share of a bound of the largest
+    steps:int=4, # applications of a polynomial
+    low:float=.003, # smallest singular value that is brought near 1, as a share of a bound of the largest
 )->Tensor: # about U V^T of each, in `fast_dtype`
     "Make all singular values nearly equal to 1."
     if g.ndim == 2: return orthogonalize(g[None], steps, low)[0]
