@@ -198,3 +198,19 @@ def test_bytes_stay_bytes_when_they_are_loaded():
     load_optimizer_state(again, full_optimizer_state(model, opt))
     for p, s in opt.state.items():
         assert again.state[p].keys() == s.keys() and all(torch.equal(again.state[p][k], v) and again.state[p][k].dtype == v.dtype for k, v in s.items() if k != 'step')
+
+def test_muon_goes_on_from_a_checkpoint_of_an_earlier_version():
+    "Its keys, written by hand as they have always been: the step, the mean gradient, and for vectors the mean square."
+    model = nn.Sequential(nn.Linear(20, 20))
+    g = torch.Generator().manual_seed(0)
+    state = {'0.weight': dict(step=7, mean=torch.randn(20, 20, generator=g)), '0.bias': dict(step=7, mean=torch.zeros(20), square=torch.ones(20))}
+    groups = [dict(params=['0.weight', '0.bias'], lr=.01, betas=(.95, .99), weight_decay=0., eps=1e-8)]
+    opt, before = Muon(model.parameters(), lr=.01), model[0].weight.detach().clone()
+    load_optimizer_state(opt, dict(state=state, param_groups=groups))
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    opt.step()
+    u, _, v = torch.linalg.svd(state['0.weight']['mean'])
+    change = before - model[0].weight.detach()
+    assert (change*(u @ v)).sum()/(change.norm()*(u @ v).norm()) > .97 and {s['step'] for s in opt.state.values()} == {8}
+    assert full_optimizer_state(model, opt)['state'].keys() == state.keys()
+    for name, s in full_optimizer_state(model, opt)['state'].items(): assert s.keys() == state[name].keys()
