@@ -18,7 +18,7 @@ from mdm.recipe import load_recipe
 from mdm.text import create_text_encoder
 from mdm.training.callbacks import *
 from mdm.training.learner import mdm_learner
-from mdm.training.optimizers import optimizer_of
+from mdm.training.optimizers import _byte_table, byte_levels, optimizer_of
 
 gc.disable()
 cuda, cpu = torch.device('cuda'), torch.device('cpu')
@@ -60,6 +60,7 @@ def moved(self, device=None, *args, real=torch.nn.Module.to, **kwargs):
 @pytest.fixture
 def gpu(monkeypatch):
     "A GPU of fake tensors; gives the counter of waits."
+    for cached in (_byte_table, byte_levels): cached.cache_clear()                                       # fake tensors of another test
     monkeypatch.setattr(torch.nn.Module, 'to', moved)
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device=None: 0)
     monkeypatch.setattr(torch.random, 'fork_rng', lambda devices=(), **kwargs: nullcontext())            # a GPU's generator needs the GPU
