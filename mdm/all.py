@@ -31,6 +31,7 @@ from .recipe import Recipe, RecipeError, TrainConfig, build_recipe, load_recipe,
 from .utils.files import presets
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_inner, load_model, load_state, save_checkpoint
 from .pipeline import MDMPipeline
+from .training.averages import reconstruct_average, save_average
 from .training.callbacks import *
 from .training.optimizers import Muon, lr_factor, optimizer_of
 from .training.distributed import DistributedTrainer, distributed_setup

@@ -18,7 +18,7 @@ from mdm.recipe import load_recipe
 from mdm.text import create_text_encoder
 from mdm.training.callbacks import *
 from mdm.training.learner import mdm_learner
-from mdm.training.optimizers import optimizer_of
+from mdm.training.optimizers import _byte_table, byte_levels, optimizer_of
 
 gc.disable()
 cuda, cpu = torch.device('cuda'), torch.device('cpu')
@@ -60,6 +60,7 @@ def moved(self, device=None, *args, real=torch.nn.Module.to, **kwargs):
 @pytest.fixture
 def gpu(monkeypatch):
     "A GPU of fake tensors; gives the counter of waits."
+    for cached in (_byte_table, byte_levels): cached.cache_clear()                                       # fake tensors of another test
     monkeypatch.setattr(torch.nn.Module, 'to', moved)
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device=None: 0)
     monkeypatch.setattr(torch.random, 'fork_rng', lambda devices=(), **kwargs: nullcontext())            # a GPU's generator needs the GPU
@@ -104,15 +105,16 @@ def devices(o):
 
 # ---- training
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-@pytest.mark.parametrize('more', [[], ['train.bf16=false', 'train.accumulate=2', 'diffusion.loss_target=eps', 'train.ema_decays=[0.5]', 'diffusion.vdm_weights=true']], ids=['plain', 'more'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'adamw8bit'])
+@pytest.mark.parametrize('more', [[], ['train.bf16=false', 'train.accumulate=2', 'diffusion.loss_target=eps', 'train.ema_decays=[0.5]', 'diffusion.vdm_weights=true', 'train.ema_dtype=bfloat16', 'train.power_ema=[0.05,0.1]']], ids=['plain', 'more'])
 def test_a_training(gpu, optimizer, more, tmp_path):
     "Noise, loss, gradient norm, finiteness, optimizer, averages and log."
     learn = learner(f'train.optimizer={optimizer}', *more)
     log = StepLog(tmp_path/'log.csv', [2, 1], every=2)
     fit(learn, log, steps=4)
     assert learn.steps == 4 and devices([p.detach() for p in learn.model.parameters()]) == {'cuda'}
-    assert devices([[*a.parameters()] for a in learn.moving_average.averages.values()]) == {'cuda'}
+    kept = [learn.moving_average, *([learn.power_averages] if hasattr(learn, 'power_averages') else [])]
+    assert len(kept) == 1 + bool(more) and all(devices([[*a.parameters()] for a in cb.averages.values()]) == {'cuda'} for cb in kept)
     assert [r['step'] for r in csv.DictReader(open(log.path))] == ['2', '4'] and learn.grad_norm.device.type == 'cuda'
     assert all(o.device.type == 'cpu' for o in learn.recorder.losses)
 
@@ -189,12 +191,12 @@ def test_an_average_that_began_on_the_cpu(gpu):
     fit(learn, steps=1)
     assert devices([*learn.moving_average.model.parameters()]) == {'cuda'}
 
-@pytest.mark.parametrize('kind', ['adamw', 'adam', 'muon'])
+@pytest.mark.parametrize('kind', ['adamw', 'adam', 'muon', 'adamw8bit'])
 def test_optimizer_state_from_the_cpu(gpu, kind):
     "PyTorch's own way: `load_state_dict`."
     make = lambda ps: optimizer_of(load_recipe('shapes', [f'train.optimizer={kind}']))(ps, lr=.1)
     def step(p, opt): p.grad = torch.zeros_like(p); opt.step()
-    a, b = torch.nn.Parameter(torch.zeros(20, 20)), torch.nn.Parameter(torch.zeros(20, 20, device=cuda))
+    a, b = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64, device=cuda))
     first, second = make([a]), make([b])
     step(a, first)
     second.load_state_dict(first.state_dict())

@@ -6,6 +6,7 @@ from mdm.recipe import RecipeError, load_recipe
 from mdm.training.averages import list_snapshots, reconstruct_average, save_average
 from mdm.training.callbacks import MovingAverage, callback_order, PowerAverages, lerp_bfloat16
 from mdm.training.learner import output_callbacks
+from mdm.training.run import remove_earlier_run, remove_unfinished
 from tiny_models import data, make
 
 def fit(learn, n, *cbs):
@@ -61,6 +62,15 @@ def test_power_averages_go_on_and_any_length_is_made_from_snapshots(make, tmp_pa
         assert near(reconstruct_average(tmp_path, width), a.module.state_dict())
         assert near(load_checkpoint(save_average(tmp_path, tmp_path/'chosen', width)).weights(), a.module.state_dict())
     assert near(reconstruct_average(tmp_path, .05, 20), load_checkpoint(tmp_path/'step_00000020').tensors('power_0.05'))
+
+def test_snapshots_leave_with_their_training_and_other_files_stay(tmp_path):
+    "When a training is begun again; a checkpoint that somebody put beside the snapshots is theirs."
+    for name in ('a/averages/step_00000002', 'a/averages/.step_00000004.new', 'b/averages/step_00000002', 'b/averages/chosen'): (tmp_path/name).mkdir(parents=True)
+    for name in 'ab': remove_earlier_run(tmp_path/name)
+    assert not (tmp_path/'a'/'averages').exists() and [p.name for p in (tmp_path/'b'/'averages').iterdir()] == ['chosen']
+    (tmp_path/'b'/'averages'/'.step_00000006.new').mkdir()
+    remove_unfinished(tmp_path/'b')
+    assert [p.name for p in (tmp_path/'b'/'averages').iterdir()] == ['chosen']
 
 def test_neither_is_on_by_default(make):
     learn = make()

@@ -115,17 +115,17 @@ def test_schedules_stay_within_0_and_1_also_beyond_the_end(kind):
 
 @pytest.mark.parametrize('shape', [(64, 64), (48, 432), (256, 256), (32, 16)])
 def test_singular_values_end_in_the_stated_band(shape):
-    "From 0.01 of the bound of the largest one, all end within 0.3 of 1, whatever the spectrum, the scale and the precision."
+    "From 0.003 of the bound of the largest one, all end within 0.27 of 1, whatever the spectrum, the scale and the precision."
     g = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(3, *shape, generator=g), full_matrices=False)
     n = min(shape)
-    for values in (torch.ones(n), torch.linspace(1, .05, n), torch.logspace(0, -1.3, n)):
+    for values in (torch.ones(n), torch.linspace(1, .05, n), torch.logspace(0, -1.3, n), torch.logspace(0, -2, n)):
         for scale in (1e-6, 1., 1e4):
             after = torch.linalg.svdvals(orthogonalize(u @ torch.diag(values*scale) @ v).float())
-            assert .68 < after.min() and after.max() < 1.32, (values[:3], scale)
+            assert .73 < after.min() and after.max() < 1.27, (values[:3], scale)
 
-def test_three_best_polynomials_come_as_near_as_five_fixed_ones():
-    "Distance from U V^T, against Jordan's coefficients after division by the norm; when a tenth of the directions is below 0.002, it may be a third larger."
+def test_four_best_polynomials_come_nearer_than_five_fixed_ones():
+    "Distance from U V^T, against Jordan's coefficients after division by the norm: smaller for random matrices, and for spectra down to 1e-4 of the largest."
     def fixed(g):
         x = g/g.norm()
         for _ in range(5): a = x @ x.mT; x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
@@ -133,16 +133,16 @@ def test_three_best_polynomials_come_as_near_as_five_fixed_ones():
     g = torch.Generator().manual_seed(0)
     turn = lambda m, n: torch.linalg.qr(torch.randn(m, n, generator=g))[0]
     spread = lambda low: turn(128, 128) @ torch.diag(torch.logspace(0, low, 128)) @ turn(256, 128).T
-    for m, most in ((torch.randn(128, 256, generator=g), 1.05), (torch.randn(128, 128, generator=g), 1.05), (spread(-2), 1.08), (spread(-3), 1.35)):
+    for m in (torch.randn(128, 256, generator=g), torch.randn(128, 128, generator=g), spread(-2), spread(-3), spread(-4)):
         u, _, v = torch.linalg.svd(m, full_matrices=False)
         near = lambda x: (x.float() - u @ v).norm()
-        assert near(orthogonalize(m)) < most*near(fixed(m)) and near(orthogonalize(m, 4, .003)) < near(fixed(m))
+        assert near(orthogonalize(m)) < near(fixed(m))
 
 def test_float32_is_used_where_bfloat16_is_slow(monkeypatch):
     for name in ('avx512_bf16', 'amx_tile'): monkeypatch.setattr(torch.cpu, f'_is_{name}_supported', lambda: False, raising=False)
     assert fast_dtype(torch.device('cpu')) == torch.float32 and fast_dtype(torch.device('cuda')) == torch.bfloat16
     g = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    assert orthogonalize(g).dtype == torch.float32 and abs(torch.linalg.svdvals(orthogonalize(g)) - 1).max() < .3
+    assert orthogonalize(g).dtype == torch.float32 and abs(torch.linalg.svdvals(orthogonalize(g)) - 1).max() < .25
 
 def test_work_is_divided_evenly():
     costs = [float(1 + i % 7)**2 for i in range(60)]
@@ -198,3 +198,19 @@ def test_bytes_stay_bytes_when_they_are_loaded():
     load_optimizer_state(again, full_optimizer_state(model, opt))
     for p, s in opt.state.items():
         assert again.state[p].keys() == s.keys() and all(torch.equal(again.state[p][k], v) and again.state[p][k].dtype == v.dtype for k, v in s.items() if k != 'step')
+
+def test_muon_goes_on_from_a_checkpoint_of_an_earlier_version():
+    "Its keys, written by hand as they have always been: the step, the mean gradient, and for vectors the mean square."
+    model = nn.Sequential(nn.Linear(20, 20))
+    g = torch.Generator().manual_seed(0)
+    state = {'0.weight': dict(step=7, mean=torch.randn(20, 20, generator=g)), '0.bias': dict(step=7, mean=torch.zeros(20), square=torch.ones(20))}
+    groups = [dict(params=['0.weight', '0.bias'], lr=.01, betas=(.95, .99), weight_decay=0., eps=1e-8)]
+    opt, before = Muon(model.parameters(), lr=.01), model[0].weight.detach().clone()
+    load_optimizer_state(opt, dict(state=state, param_groups=groups))
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    opt.step()
+    u, _, v = torch.linalg.svd(state['0.weight']['mean'])
+    change = before - model[0].weight.detach()
+    assert (change*(u @ v)).sum()/(change.norm()*(u @ v).norm()) > .97 and {s['step'] for s in opt.state.values()} == {8}
+    assert full_optimizer_state(model, opt)['state'].keys() == state.keys()
+    for name, s in full_optimizer_state(model, opt)['state'].items(): assert s.keys() == state[name].keys()

@@ -63,8 +63,8 @@ def fast_dtype(
 
 def orthogonalize(
     g:Tensor, # a matrix [m,n], or several [k,m,n]
-    steps:int=3, # applications of a polynomial
-    low:float=.01, # smallest singular value that is brought near 1, as a share of a bound of the largest
+    steps:int=4, # applications of a polynomial
+    low:float=.003, # smallest singular value that is brought near 1, as a share of a bound of the largest
 )->Tensor: # about U V^T of each, in `fast_dtype`
     "Make all singular values nearly equal to 1."
     if g.ndim == 2: return orthogonalize(g[None], steps, low)[0]
@@ -217,12 +217,12 @@ def byte_levels(
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #4c513b47
 @lru_cache
-def _byte_table(signed):
-    "The byte of the nearest level for every number in bfloat16, by its bits."
+def _byte_table(signed, device):
+    "The byte of the nearest level for every number in bfloat16, by its bits, and the levels; copied to a device once."
     levels = byte_levels(signed)
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().nan_to_num(0.)
     codes = torch.bucketize(numbers, (levels[1:] + levels[:-1])/2)
-    return codes.clamp(min=0 if signed else 1).to(torch.uint8)
+    return codes.clamp(min=0 if signed else 1).to(torch.uint8).to(device), levels.to(device)
 
 def to_bytes(
     x:Tensor, # numbers in float32 [n], n a multiple of 256
@@ -232,7 +232,7 @@ def to_bytes(
     blocks = x.view(-1, 256)
     largest = blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)
     bits = (blocks/largest).bfloat16().view(torch.int16).int().bitwise_and_(0xFFFF)
-    return _byte_table(signed).to(x.device)[bits].view(-1), largest.view(-1)
+    return _byte_table(signed, x.device)[0][bits].view(-1), largest.view(-1)
 
 def from_bytes(
     codes:Tensor, # bytes [n]
@@ -240,7 +240,7 @@ def from_bytes(
     signed:bool, # likewise
 )->Tensor: # float32 [n]
     "Undo `to_bytes`, up to rounding."
-    levels = byte_levels(signed).to(codes.device)
+    _, levels = _byte_table(signed, codes.device)
     return (levels[codes.int()].view(-1, 256)*largest[:, None]).view(-1)
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #a6cb28a8

@@ -46,12 +46,15 @@ def earlier_run(
 def remove_earlier_run(
     folder:Path, # output folder of a training
 ):
-    "Remove what `earlier_run` finds, and the recipe, empty logs and TensorBoard files that belong to it."
+    "Remove what `earlier_run` finds, and the recipe, empty logs, averages and TensorBoard files that belong to it."
     for path in earlier_run(folder):
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink()
     for name in ('log.csv', 'valid.csv', 'recipe.yaml'): (folder/name).unlink(missing_ok=True)
-    shutil.rmtree(folder/'tensorboard', ignore_errors=True)
+    number, averages = '[0-9]'*8, folder/'averages'
+    snapshots = [*averages.glob(f'step_{number}'), *averages.glob(f'.step_{number}.*')]
+    for path in (folder/'tensorboard', *snapshots): shutil.rmtree(path, ignore_errors=True)
+    if averages.is_dir() and not any(averages.iterdir()): averages.rmdir()
 
 # %% ../../nbs/3_training/10_run.ipynb #de6ea0a5
 def resume_point(
@@ -80,7 +83,7 @@ def remove_unfinished(
     "Remove checkpoints and files whose writing or removal was interrupted."
     for path in folder.glob('.*.part'):
         if path.name.startswith(('.recipe.yaml.', '.log.csv.', '.valid.csv.')): path.unlink()
-    for path in folder.glob('.step_*'):
+    for path in (*folder.glob('.step_*'), *folder.glob('averages/.step_*')):
         if path.suffix in ('.new', '.gone'): shutil.rmtree(path)
 
 def prepare_folder(
