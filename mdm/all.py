@@ -37,6 +37,7 @@ from .training.optimizers import Muon, lr_factor, optimizer_of
 from .training.distributed import DistributedTrainer, distributed_setup
 from .training.resume import Checkpoints, load_training, save_training
 from .training.learner import MDMLearner, build_model, mdm_learner, output_callbacks
+from .training.distill import distill_learner, distill_recipe, distill_training, load_teacher
 from .utils.ranks import is_main
 
 # %% ../nbs/5_edges/12_all.ipynb #bd02a521

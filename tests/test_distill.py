@@ -171,20 +171,19 @@ def test_a_student_learns(teacher, tmp_path, changes):
     points = long.walk(long.diffusion.noised(images/127.5 - 1, t - 1).x_t, t, end, conditions)
     def loss(): return learn.loss_func(learn.model(points.x_t, points.t - 1, *conditions), points).item()
     with torch.no_grad(): first = loss()
-    fit(learn, 30)
+    fit(learn, 5 if changes else 30)
     with torch.no_grad(): last = loss()
     assert last < .9*first if not changes else last != first        # the targets of the averaged student are better only later
     assert same(before, learn.distilling.teacher.model.state_dict()) and not same(before, learn.model.state_dict())
     assert all(p.grad is None for p in learn.distilling.teacher.model.parameters())
 
-@pytest.mark.parametrize('changes', [(), ('distill.reach=0.3', 'train.bf16=true')], ids=['whole way', 'consistency'])
-def test_resumption_is_exact(teacher, tmp_path, changes):
-    recipe = student(teacher, tmp_path, 'train.steps=6', *changes)
-    whole, half = fit(learner(recipe), 6), fit(learner(recipe), 3)
+def test_resumption_is_exact(teacher, tmp_path):
+    recipe = student(teacher, tmp_path, 'train.steps=4', 'distill.reach=0.3', 'train.bf16=true')
+    whole, half = fit(learner(recipe), 4), fit(learner(recipe), 2)
     half.save_checkpoint(tmp_path/'half')
     rest = learner(recipe, grow=False)
     rest.resume(load_checkpoint(tmp_path/'half'))
-    with rest.no_bar(), rest.no_logging(): rest.fit_steps(6)
+    with rest.no_bar(), rest.no_logging(): rest.fit_steps(4)
     assert same(whole.model.state_dict(), rest.model.state_dict()) and same(whole.moving_average.model.state_dict(), rest.moving_average.model.state_dict())
 
 def test_a_run_with_all_that_it_writes(teacher, data, tmp_path, capsys):

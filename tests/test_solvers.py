@@ -5,7 +5,7 @@ from typing import get_args
 import pytest, torch
 from mdm.diffusion.schedule import make_gammas, schedules, shift_gammas
 from mdm.diffusion.solvers import Past, advance, choose_steps, half_logsnr, threshold, timesteps
-from mdm.diffusion.settings import Solver, Spacing, Threshold
+from mdm.diffusion.settings import Guided, Solver, Spacing, Threshold
 
 deterministic = ('ddim', 'dpm++2m', 'unipc')
 
@@ -92,4 +92,5 @@ def test_names_stand_once():
     from mdm.diffusion.settings import SampleConfig
     from mdm.utils.configs import options
     choices = {o.name: o.choices for o in options(SampleConfig) if o.choices}
-    assert choices == dict(solver=get_args(Solver), spacing=get_args(Spacing), threshold=get_args(Threshold))
+    assert choices == dict(solver=get_args(Solver), spacing=get_args(Spacing), threshold=get_args(Threshold),
+                           guidance_networks=get_args(Guided))

@@ -1,12 +1,13 @@
 "The sampler widget without a browser: settings, the thread, Stop, errors, history, downloads."
 import base64, json, re, subprocess, sys, threading, time
+from dataclasses import replace
 from html import unescape
 from io import BytesIO
 import numpy as np, pytest, torch
 from PIL import Image
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
-from mdm.recipe import load_recipe
+from mdm.recipe import DistillConfig, load_recipe
 from mdm.diffusion.settings import SampleConfig
 from mdm.widgets.drawing import logsnr_svg
 from mdm.widgets.sampler import SamplerWidget, sampling_controls
@@ -53,6 +54,14 @@ def test_controls_follow_the_fields():
         assert c.tooltip == o.help and c.value == o.default
         if o.choices: assert c.options == o.choices
         elif o.high is not None: assert c.max == o.high
+
+def test_settings_that_the_model_cannot_use_are_hidden(pipe):
+    w = ready(pipe); w.compare.value = True
+    for side in (w.side_a, w.side_b):
+        assert {k for k, o in side.sampling.items() if o.layout.display == 'none'} == {'segments', 'join'}
+    recipe = replace(pipe.recipe, distill=DistillConfig('shapes'), diffusion=replace(pipe.recipe.diffusion, mixed_ratio=[2, 1]))
+    w.side_b.fit(MDMPipeline(pipe.model, recipe, device='cpu'))
+    assert not any(o.layout.display == 'none' for o in w.side_b.sampling.values())
 
 def test_every_control_has_a_label(pipe):
     w = ready(pipe)

@@ -17,10 +17,9 @@ from fastai.learner import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..checkpoint import load_checkpoint, load_model, load_weights, recipe_for
+from ..diffusion.guidance import Prompt, push, two_prompts
 from ..diffusion.objective import Diffusion
-from ..diffusion.sampler import guide
 from ..diffusion.schedule import convert, from_x0, to_x0
-from ..diffusion.settings import SampleConfig
 from ..diffusion.solvers import choose_steps, jump, jump_target, threshold
 from ..models.nested_unet import model_scales
 from ..recipe import DistillConfig, Recipe, _escaped, apply_overrides, build_recipe, recipe_dict
@@ -97,12 +96,15 @@ def clean(self:Teacher,
     student:nn.Module|None=None, # another network, called without guidance; None: the guided teacher
 )->list[Tensor]: # predicted clean pictures, in units of `x`
     "Predict clean pictures."
-    net, d, w = student or self.model, self.diffusion, 1. if student else self.config.guidance
-    at_steps = lambda x, _, *given: net(x, (t - 1).repeat(len(x[0])//len(t)), *given)
-    cond, mask, micros = conditions
-    uncond, uncond_mask = (None if o is None else o.expand(len(t), *o.shape[1:]) for o in self.empty)
-    denoiser = guide(at_steps, SampleConfig(guidance=w), d.config.num_steps, cond, mask, uncond, uncond_mask, micros)
-    with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.bf16): preds = denoiser(x, 1)
+    net, d = student or self.model, self.diffusion
+    prompt, w = Prompt(*conditions), 1. if student else self.config.guidance
+    guided, at, given = w != 1 and prompt.words is not None, t - 1, x
+    if guided:                                               # both prompts in one batch
+        empty = (None if o is None else o.expand(len(t), *o.shape[1:]) for o in self.empty)
+        prompt, at, given = two_prompts(Prompt(*empty), prompt), at.repeat(2), [torch.cat([o, o]) for o in x]
+    with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.bf16):
+        preds = net(given, at, prompt.words, prompt.mask, prompt.micros)
+    if guided: preds = [push(*o.float().chunk(2), w) for o in preds]
     found = []
     for i, (pred, x_t, s) in enumerate(zip(preds, x, d.signal)):
         x0 = to_x0(d.squash(pred), x_t, d._gamma(t, i), d.config.prediction)

@@ -16,6 +16,7 @@ import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
+from ..diffusion.sampler import join_problem
 from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.configs import options
@@ -113,9 +114,13 @@ class SideView(W.VBox):
             view.value = f'<div class="mdm-note">{size} × {size} pixels</div>{picture}'
 
 # %% ../../nbs/4_use/08_sampler_widget.ipynb #581e3592
-_labels = dict(eta='Eta (fresh noise)', threshold='Thresholding', spacing='Spacing of steps',
-               guidance_interval='Guidance acts between', guidance_rescale='Guidance rescaling')
-_slider_ends = dict(guidance=(20, .5))               # field -> highest value of the slider, and its step
+_labels = dict(segments='Segments of the student', eta='Eta (fresh noise)', threshold='Thresholding',
+               spacing='Spacing of steps',
+               guidance_interval='Guidance acts between', guidance_rescale='Guidance rescaling',
+               guidance_parallel='Guidance along the picture', guidance_limit='Largest change by guidance',
+               guidance_momentum='Guidance momentum', guidance_networks='Networks that are guided',
+               join='Outer networks join at')
+_slider_ends = dict(guidance=(20, .5), guidance_limit=(2, .05)) # field -> highest value of the slider, and its step
 
 def _control(option):
     "A control for an `Option`: a list, a number field, or a slider with one or two handles."
@@ -139,6 +144,7 @@ class SideControls(W.VBox):
         changed, # called, with this, when another model is chosen
     ):
         self.loading, self.quiet = None, False                # the thread that loads; True: do not call `changed`
+        self.pipe = None                                      # the model that `fit` saw last
         names, tip = list(shelf.paths), 'The trained model: a folder, or a released .pth file'
         typed = W.Combobox(value=names[0] if names else '', options=names,
             continuous_update=False) if shelf.any_path else None
@@ -171,6 +177,18 @@ def values(self:SideControls, new):
         for k, o in dict(checkpoint=self.checkpoint, recipe=self.recipe, **self.sampling).items():
             if new.get(k) is not None: o.value = new[k]
     finally: self.quiet = False
+
+# %% ../../nbs/4_use/08_sampler_widget.ipynb #afdfa7f9
+@patch
+def fit(self:SideControls,
+    pipe:MDMPipeline, # the model that was loaded
+):
+    "Show the settings that this model can use, and bound the steps."
+    recipe, self.pipe = pipe.recipe, pipe
+    usable = dict(segments=recipe.distill is not None, guidance_networks=len(pipe.model.scales) > 1,
+                  join=join_problem(recipe.model, recipe.diffusion) is None)
+    for name, shown in usable.items(): self.sampling[name].layout.display = None if shown else 'none'
+    self.sampling['steps'].max = pipe.diffusion.config.num_steps
 
 # %% ../../nbs/4_use/08_sampler_widget.ipynb #3d3865be
 _log = logging.getLogger(__name__)
@@ -271,7 +289,9 @@ def _make_side_fields(self:SamplerWidget):
     self.side_b.layout.display = 'none'
     def toggle(change):
         self.side_b.layout.display = None if change.new else 'none'
-        if change.new: self.side_b.values = self.side_a.values
+        if not change.new: return
+        if self.side_a.pipe: self.side_b.fit(self.side_a.pipe)
+        self.side_b.values = self.side_a.values
     self.compare.observe(toggle, 'value')
 
 # %% ../../nbs/4_use/08_sampler_widget.ipynb #a836634a
@@ -344,7 +364,7 @@ def _load_now(self:SamplerWidget, side):
     self._say(f'Loading {name} ...')
     pipe = self.shelf(name or '', recipe)
     if chosen() != wanted: return                        # another one was chosen meanwhile
-    side.sampling['steps'].max = pipe.diffusion.config.num_steps
+    side.fit(pipe)
     side.values = asdict(pipe.recipe.sample)
     if side is self.side_a: self._show_model(pipe)
     self._fail('')
@@ -501,6 +521,7 @@ def _show_run(self:SamplerWidget, run):
         self.shown, self.downloads.value, self.gif.value = run, '', ''
         self.views.children = [SideView(len(o.pipe.model.scales)) for o in run.sides]
         self.scrub.max = 0
+        for controls, o in zip((self.side_a, self.side_b), run.sides): controls.fit(o.pipe)
         for o in self.cards: o.show(None)
         for o in (self.scrub, self.gif_button): o.layout.display = 'none'
 
