@@ -49,7 +49,7 @@ def example_prompts(
     recipe:Recipe, # of the model
 )->list[str]: # prompts that this model has learned to draw
     "Prompts to begin with."
-    shapes = shapes_captions(5, 1) if recipe.name == 'shapes' else []
+    shapes = shapes_captions(5, 1, plain=True) if recipe.name == 'shapes' else []
     return recipe.train.preview_prompts + shapes or _general_examples
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #7842951c
