@@ -46,7 +46,7 @@ def draw_starts(
     k = 1 + (torch.arange(-first, count - first, device=device) + torch.randint(max(1, others), (1,), **draw)) % max(1, others)
     k[:first] = 0
     high, low = ends[k], ends[k + 1]
-    free = high - low - config.teacher_steps + 1                 # as many starts leave room for all the steps
+    free = high - low - config.teacher_steps + 1                 # as many starts leave enough for all the steps
     t = high - torch.minimum((free*torch.rand(count, **draw)).long(), free - 1)
     return torch.where(torch.rand(count, **draw) < config.at_start, high, t), low
 
