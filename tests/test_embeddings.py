@@ -229,7 +229,7 @@ def test_the_loader_and_the_losses(plain, tmp_path):
     config = TextConfig(dim=32)
     embed_shards(plain, tmp_path/'e', config)
     tiny = ['text.dim=32', 'model.channels=[8,16]', 'model.inner.channels=[8,16]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.time_dim=32', 'model.inner.time_dim=32', 'model.num_groups=8', 'model.inner.num_groups=8']
-    losses, captions = {}, {}
+    losses, captions, embedded = {}, {}, {}
     for folder,on in ((plain,'false'), (tmp_path/'e','true')):
         recipe = recipe_for(folder, f'data.embeddings={on}', 'train.batch_size=6', *tiny)
         encoder, loader = create_encoder_for(recipe), create_loader(recipe.data, 6, seed=1)
@@ -237,11 +237,12 @@ def test_the_loader_and_the_losses(plain, tmp_path):
         model = create_model(recipe.model, encoder.dim)
         for p in model.parameters(): torch.nn.init.normal_(p, std=.1)
         diffusion = Diffusion(recipe.diffusion, model_scales(recipe.model))
-        losses[on], captions[on] = [], []
+        losses[on], captions[on], embedded[on] = [], [], []
         for images,words,micros in loader:
             words = ['' if i == 2 else w for i,w in enumerate(words)]
+            embedded[on].append(encoder(words)[0].sum().item())
             captions[on] += map(str, words)
             losses[on].append(diffusion.loss(model, images.float()/128-1, *encoder(words), {}).loss.item())
     assert captions['true'] == captions['false'] and len(losses['true']) == 4
     np.testing.assert_allclose(losses['true'], losses['false'], rtol=2e-3)
-    assert losses['true'] != losses['false']
+    assert embedded['true'] != embedded['false']                           # those on disk are rounded: they were really read
