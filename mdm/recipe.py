@@ -6,8 +6,8 @@
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'Recipe', 'RecipeError', 'valid_keys', 'read_model',
            'check_weights', 'check_batch', 'check_text', 'check_image_size', 'init_checkpoints', 'check_freeze',
            'check_steps', 'check_join', 'check_segments', 'check_dropout', 'check_recipe', 'read_sections',
-           'build_recipe', 'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml',
-           'apply_overrides', 'load_recipe']
+           'build_recipe', 'recipe_dict', 'escaped', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format',
+           'read_yaml', 'apply_overrides', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
 import json, re
@@ -357,19 +357,22 @@ class _Dumper(yaml.SafeDumper): "Quotes texts that look like a number with an ex
 _exponent = re.compile(r'[-+]?[\d_]*\.?[\d_]*[eE][-+]?\d+$')
 _Dumper.add_implicit_resolver('tag:yaml.org,2002:float', _exponent, list('-+.0123456789'))
 
-def _escaped(v):
-    "Plain data with `${` escaped in every text."
-    if isinstance(v, dict): return {k: _escaped(o) for k, o in v.items()}
-    if isinstance(v, list): return [_escaped(o) for o in v]
+# %% ../nbs/3_training/01_recipe.ipynb #e53f11a7
+def escaped(
+    v, # plain data: dicts, lists, texts, numbers
+): # the same, to be read as a recipe
+    "Escape `${` in every text."
+    if isinstance(v, dict): return {k: escaped(o) for k, o in v.items()}
+    if isinstance(v, list): return [escaped(o) for o in v]
     return v.replace('${', r'\${') if isinstance(v, str) else v
 
-# %% ../nbs/3_training/01_recipe.ipynb #e53f11a7
+# %% ../nbs/3_training/01_recipe.ipynb #9b612af2
 def save_recipe(
     recipe:Recipe, # a recipe
     path:str|Path, # YAML file to write; an existing one is replaced
 )->Path: # that file
     "Write a recipe as YAML, as a whole or not at all."
-    text = yaml.dump(_escaped(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True,
+    text = yaml.dump(escaped(recipe_dict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True,
                      default_flow_style=None, width=120)
     with atomic_write(path) as f: f.write(text.encode())
     return Path(path)

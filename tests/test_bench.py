@@ -111,3 +111,25 @@ def test_the_benchmark_of_inference_on_a_cpu():
     assert [o[0] for o in networks] == ['| cc12m_64x64', '| cc12m_256x256', '| cc12m_1024x1024'] and all(float(o[5]) > 0 for o in networks)
     assert [o.split(' | ')[0] for o in lines[-8:] if o.startswith('| ')][-6:] == ['| text encoder', '| network', '| to pictures', '| everything else', '| in all',
                                                                                '| one of 1 evaluations of 8']
+
+@pytest.mark.parametrize('script', sorted(p.stem for p in bench.glob('*.py')))
+def test_every_script_finds_what_it_imports(script):
+    import importlib
+    assert importlib.import_module(f'bench.{script}').__doc__
+
+def test_joining_counts_and_judges(tmp_path, monkeypatch):
+    "The table of a nest that was trained on mixed batches, with counted work and the judge's figures."
+    from bench.joining import figures, table, ways
+    from mdm.models.nested_unet import create_model
+    from mdm.pipeline import MDMPipeline
+    from mdm.recipe import load_recipe
+    recipe = load_recipe('shapes', '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1]
+        model.num_groups=8 model.inner.num_groups=8 model.time_dim=32 model.inner.time_dim=32 text.dim=16 diffusion.mixed_ratio=[1,1] sample.steps=4'''.split())
+    torch.manual_seed(0)
+    pipe = MDMPipeline(create_model(recipe.model, 16), recipe, device='cpu')
+    configs = ways(pipe.config(), [1., .5])
+    found = figures(pipe, ['a red circle', 'something blue'], configs)
+    lines = table(recipe, configs, found)
+    assert len(found) == len(configs) and found[0][2] == 0 < found[1][2] and '0 %' in lines[3].replace('0%', '0 %')
+    saved = [int(line.split('|')[4].strip().rstrip('%')) for line in lines[3:]]
+    assert saved[0] == 0 and all(o > 0 for o in saved[1:])

@@ -25,7 +25,7 @@ class Blur(nn.Module):
     def __init__(self, diffusion): super().__init__(); self.diffusion, self.seen = diffusion, []
     def forward(self, x, t, cond, mask, micros):
         self.seen.append(t[0].item() + 1)
-        return [from_x0(.7*o, o, self.diffusion._gamma(t + 1, i), 'v') for i, o in enumerate(x)]
+        return [from_x0(.7*o, o, self.diffusion.signal_power(t + 1, i), 'v') for i, o in enumerate(x)]
 
 @pytest.fixture
 def two(): return Diffusion(DiffusionConfig(shifted=True, double_loss=True), [2, 1])
@@ -73,7 +73,7 @@ class Gaussian(nn.Module):
     def forward(self, x, t, *_):
         out = []
         for i, o in enumerate(x):
-            g = self.diffusion._gamma(t + 1, i)
+            g = self.diffusion.signal_power(t + 1, i)
             x0 = mu + s*s*g.sqrt()/(g*s*s + 1 - g)*(o - g.sqrt()*mu)
             out.append(from_x0(x0.float(), o, g, 'v'))
         return out
@@ -83,7 +83,7 @@ class Exact(Gaussian):
     def forward(self, x, t, *_):
         out = []
         for i, o in enumerate(x):
-            g, h = self.diffusion._gamma(t + 1, i), self.diffusion._gamma(t//500*500, i)
+            g, h = self.diffusion.signal_power(t + 1, i), self.diffusion.signal_power(t//500*500, i)
             end = h.sqrt()*mu + (o - g.sqrt()*mu)*((h*s*s + 1 - h)/(g*s*s + 1 - g)).sqrt()
             out.append(from_x0(jump_target(o, end.float(), g, h), o, g, 'v'))
         return out

@@ -42,7 +42,7 @@ def test_shape_is_where_it_is_said_to_be(size_px):
         a = np.array(draw(s, size_px)).astype(int)
         ys,xs = np.nonzero(np.abs(a-a[0,0]).sum(-1) > 100)
         middle = np.array([(xs.min()+xs.max()+1)/2, (ys.min()+ys.max()+1)/2])
-        assert np.abs(middle - (size_px/2 + D._offset*k*np.array(positions[s.position]))).max() < 1.3, s
+        assert np.abs(middle - (size_px/2 + D.offset*k*np.array(positions[s.position]))).max() < 1.3, s
         assert abs((max(np.ptp(xs), np.ptp(ys))+1)/2 - sizes[s.size]*k) < 1.3, s
 
 def test_jitter_varies_and_repeats():
@@ -186,7 +186,7 @@ def test_two_ghosts_are_not_clean():
     for _ in range(40):
         a, b = (rng.choice(agreeing(dict(colour='red', background='white'))) for _ in range(2))
         if a.shape == b.shape and a.position == b.position: continue
-        mixed, = read_pictures([Image.blend(draw(a, 32, rng), draw(b, 32, rng), .5)])
+        mixed, = read_shapes([Image.blend(draw(a, 32, rng), draw(b, 32, rng), .5)])
         assert not said_marks(mixed, dict(colour='red', background='white'))['all'], (a, b, mixed)
 
 def test_judge_ignores_a_stray_blob():

@@ -163,8 +163,11 @@ def _tables(self:Diffusion, device):
     return self._copies[device]
 
 @patch
-def _gamma(self:Diffusion, t, i):
-    "The signal power of steps `t` [B] at scale `i`, in the precision of the table."
+def signal_power(self:Diffusion,
+    t:Tensor, # steps, 0..N [B]
+    i:int, # which scale, 0 = highest
+)->Tensor: # [B,1,1,1] float64 (float32 on Apple's GPUs), on the device of `t`
+    "Look up the signal power of steps at one scale, in the precision of the table."
     return self._tables(t.device).gammas[i][t].view(-1, 1, 1, 1)
 
 @patch
@@ -173,7 +176,7 @@ def gamma(self:Diffusion,
     i:int, # which scale, 0 = highest
 )->Tensor: # signal power [B,1,1,1] float32, on the device of `t`
     "Look up the signal power of steps at one scale."
-    return self._gamma(t, i).float()
+    return self.signal_power(t, i).float()
 
 # %% ../../nbs/1_model/05_objective.ipynb #071a7191
 @patch
@@ -216,7 +219,7 @@ def noised(self:Diffusion,
     clean = [o[:k]/s for o, k, s in zip(pyramid(images, self.scales), self._counts(n), self.signal)]
     if noise is None: noise = [torch.randn(o.shape, **draw) for o in clean]
     else: noise = [e[:len(o)] for e, o in zip(noise, clean)]
-    gammas = [self._gamma(tau[:len(o)] + 1, i) for i, o in enumerate(clean)]
+    gammas = [self.signal_power(tau[:len(o)] + 1, i) for i, o in enumerate(clean)]
     x_t = [add_noise(o, e, g) for o, e, g in zip(clean, noise, gammas)]
     return Noised(tau, x_t, clean, noise, gammas)
 
@@ -291,7 +294,7 @@ def read_as(
         preds = model(x, t if other.config.schedule == c.schedule else inputs[t], *conditions)
         found = []
         for i, (pred, o) in enumerate(zip(preds, x)):
-            gamma = other._gamma(t[:len(o)] + 1, i)
+            gamma = other.signal_power(t[:len(o)] + 1, i)
             found.append(convert(diffusion.squash(pred), o, gamma, c.prediction, prediction))
         return found
     return read, other
@@ -306,7 +309,7 @@ def flow_velocity(
     def velocity(z, t, *conditions):
         x = []
         for i, o in enumerate(z):
-            gamma = other._gamma(t[:len(o)] + 1, i)
+            gamma = other.signal_power(t[:len(o)] + 1, i)
             x.append(o*(gamma.sqrt() + (1 - gamma).sqrt()).to(o.dtype))
         return flow(x, t, *conditions)
     return velocity

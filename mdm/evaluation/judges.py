@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..data.shapes import Shape, attributes, parse_caption
-from ..data.shapes_judge import Reading, open_distances, open_floor, read_pictures, said_marks
+from ..data.shapes_judge import Reading, open_distances, open_floor, read_shapes, said_marks
 
 # %% ../../nbs/4_use/01_judges.ipynb #96c38130
 def score(
@@ -45,7 +45,7 @@ def judge_shapes(
     pictures:Tensor, # uint8 [B,3,S,S]
 )->list[dict]: # for each picture: attribute -> word, and 'outline', 'crisp', 'right', 'down', 'scale' of its `Reading`
     "What pictures of shapes show, and how cleanly they are drawn."
-    rows = [o._asdict() for o in read_pictures(pictures)]
+    rows = [o._asdict() for o in read_shapes(pictures)]
     return [asdict(o.pop('shape')) | {k: round(v, 4) for k, v in o.items()} for o in rows]
 
 def _reading(found):

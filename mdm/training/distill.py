@@ -17,12 +17,13 @@ from fastai.learner import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..checkpoint import load_checkpoint, load_model, load_weights, recipe_for
-from ..diffusion.guidance import Prompt, push, two_prompts
+from ..diffusion.guidance import Denoiser, Prompt
 from ..diffusion.objective import Diffusion
-from ..diffusion.schedule import convert, from_x0, to_x0
-from ..diffusion.solvers import choose_steps, jump, jump_target, threshold
+from ..diffusion.schedule import convert, from_x0
+from ..diffusion.settings import SampleConfig
+from ..diffusion.solvers import choose_steps, half_logsnr, jump, jump_target, threshold
 from ..models.nested_unet import model_scales
-from ..recipe import DistillConfig, Recipe, _escaped, apply_overrides, build_recipe, recipe_dict
+from ..recipe import DistillConfig, Recipe, escaped, apply_overrides, build_recipe, recipe_dict
 from ..text import TextEncoder
 from .callbacks import callback_order
 from .learner import MDMLearner, mdm_learner
@@ -60,7 +61,7 @@ def two_step(
 )->Tensor: # pictures at signal powers h
     "Take a step of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); `dpmpp_step` for one noise level per picture."
     if before is None: return jump(x_t, x0, g, h)
-    then, now, past = torch.logit(h)/2, torch.logit(g)/2, torch.logit(before[1])/2
+    then, now, past = (half_logsnr(o) for o in (h, g, before[1]))
     ahead = (then - now)/(now - past)/2
     ahead = torch.where(ahead.isfinite(), ahead, 0.).to(x0.dtype)
     return jump(x_t, x0 + ahead*(x0 - before[0]), g, h)
@@ -96,20 +97,12 @@ def clean(self:Teacher,
     student:nn.Module|None=None, # another network, called without guidance; None: the guided teacher
 )->list[Tensor]: # predicted clean pictures, in units of `x`
     "Predict clean pictures."
-    net, d = student or self.model, self.diffusion
-    prompt, w = Prompt(*conditions), 1. if student else self.config.guidance
-    guided, at, given = w != 1 and prompt.words is not None, t - 1, x
-    if guided:                                               # both prompts in one batch
-        empty = (None if o is None else o.expand(len(t), *o.shape[1:]) for o in self.empty)
-        prompt, at, given = two_prompts(Prompt(*empty), prompt), at.repeat(2), [torch.cat([o, o]) for o in x]
-    with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.bf16):
-        preds = net(given, at, prompt.words, prompt.mask, prompt.micros)
-    if guided: preds = [push(*o.float().chunk(2), w) for o in preds]
-    found = []
-    for i, (pred, x_t, s) in enumerate(zip(preds, x, d.signal)):
-        x0 = to_x0(d.squash(pred), x_t, d._gamma(t, i), d.config.prediction)
-        found.append(x0 if student else threshold(x0*s, self.keep)/s)
-    return found
+    d, config, (words, mask) = self.diffusion, SampleConfig(guidance=self.config.guidance), self.empty
+    if student: config = SampleConfig(guidance=1.)
+    repeat = lambda o: None if o is None else o.expand(len(t), *o.shape[1:])
+    denoise = Denoiser(student or self.model, d, config, Prompt(*conditions), Prompt(repeat(words), repeat(mask)))
+    with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.bf16): found = denoise(x, t)
+    return found if student else [threshold(x0*s, self.keep)/s for x0, s in zip(found, d.signal)]
 
 # %% ../../nbs/3_training/11_distill.ipynb #cfba7156
 class Points(NamedTuple):
@@ -143,8 +136,8 @@ def walk(self:Teacher,
         if j in kept: points.append((s, x))
         x0, x = self.clean(x, s, conditions), list(x)
         for i, clean in enumerate(x0):
-            g = d._gamma(s, i)
-            x[i], past[i] = two_step(x[i], clean, g, d._gamma(to, i), past[i]), (clean, g)
+            g = d.signal_power(s, i)
+            x[i], past[i] = two_step(x[i], clean, g, d.signal_power(to, i), past[i]), (clean, g)
     if c.reach < 1: x = self._rest(x, steps[-1], end, conditions, average)
     at, seen = zip(*points)
     return Points(torch.cat(at), end.repeat(len(at)), [torch.cat(o) for o in zip(*seen)],
@@ -156,7 +149,7 @@ def _rest(self:Teacher, x, t, end, conditions, average):
     d, at = self.diffusion, t.clamp(min=1)
     x0 = self.clean(x, at, conditions, average)
     there = (t == end).view(-1, 1, 1, 1)
-    return [torch.where(there, o, jump(o, c, d._gamma(at, i), d._gamma(end, i)))
+    return [torch.where(there, o, jump(o, c, d.signal_power(at, i), d.signal_power(end, i)))
             for i, (o, c) in enumerate(zip(x, x0))]
 
 # %% ../../nbs/3_training/11_distill.ipynb #61a5bff1
@@ -175,8 +168,8 @@ class DistillLoss:
         "Compare predictions with those that lead to the ends of the teacher's ways."
         d, (t, end, x_t, x_end), errors = self.diffusion, points, []
         for i, (raw, x, goal) in enumerate(zip(preds, x_t, x_end)):
-            g = d._gamma(t, i)
-            wanted = from_x0(jump_target(x, goal, g, d._gamma(end, i)), x, g, 'v')
+            g = d.signal_power(t, i)
+            wanted = from_x0(jump_target(x, goal, g, d.signal_power(end, i)), x, g, 'v')
             found = convert(d.squash(raw), x, g, d.config.prediction, 'v')
             errors.append((found - wanted).square().mean((1, 2, 3)))
         self.last = SimpleNamespace(per_scale=[o.detach() for o in errors])
@@ -270,7 +263,7 @@ def distill_recipe(
     "Make the recipe of a student. Raises `FileNotFoundError`, `RecipeError`, or `ValueError` when there are no data."
     teacher, theirs = _find_teacher(path)
     _check_teacher(path, theirs)
-    values, t, c = _escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
+    values, t, c = escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
     name, batch = f'{theirs.name}-distilled', max(1, t.batch_size//c.points)
     steps = max(1, 3*t.steps*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
     values |= dict(name=name, model=_plain_start(values['model']),

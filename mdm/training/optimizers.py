@@ -281,6 +281,7 @@ def step(self:AdamW8bit,
             if not p.is_contiguous(): p.copy_(flat.view(p.shape))
     return loss
 
+# %% ../../nbs/3_training/06_optimizers.ipynb #d4baa292
 @patch
 def _empty(self:AdamW8bit, p):
     "The state of a parameter that has taken no step."

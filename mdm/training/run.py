@@ -151,6 +151,7 @@ def _own_folder(lock, folder):
         raise FileExistsError(f'another run has written into {folder} meanwhile: give the same command again to go on '
             'from there')
 
+# %% ../../nbs/3_training/10_run.ipynb #4a60acce
 def prepare_training(
     recipe:Recipe, # what to train
     lock:ExitStack, # keeps other runs out of the output folder until it is closed
@@ -343,6 +344,7 @@ def _peak_memory(device):
     unit = 2**30 if sys.platform == 'darwin' else 2**20      # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit
 
+# %% ../../nbs/3_training/10_run.ipynb #71ab3893
 def dry_run(
     recipe:Recipe, # with `data.files` they are read; without them, the data are noise
     steps:int, # how many to take

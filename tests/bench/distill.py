@@ -8,18 +8,13 @@ import argparse, json, time
 from pathlib import Path
 import numpy as np, torch
 from mdm.data.shapes import shapes_captions
+from mdm.data.shapes_judge import shapes_report
 from mdm.pipeline import MDMPipeline
 from mdm.utils.pictures import contact_sheet
 
-def find_judge():
-    "A function (pictures, captions) -> dict of numbers: the fullest one that there is."
-    try: from mdm.data.shapes_judge import shapes_report
-    except ImportError: from mdm.data.shapes import prompt_accuracy as shapes_report
-    return shapes_report
-
 def tensors(pictures): return torch.stack([torch.from_numpy(np.array(o)).float()/127.5 - 1 for o in pictures])
 
-def measure(pipe, captions, reference=None, judge=None, **settings):
+def measure(pipe, captions, reference=None, **settings):
     "Pictures at every resolution, and for each resolution the figures by name."
     start, evaluations = time.perf_counter(), settings['steps']*(1 if settings.get('guidance', pipe.recipe.sample.guidance) == 1 else 2)
     levels = pipe(captions, n=1, seed=0, batch_size=32, every_resolution=True, **settings)
@@ -29,8 +24,7 @@ def measure(pipe, captions, reference=None, judge=None, **settings):
         if reference:
             apart = (tensors(level) - tensors(reference[i])).square().mean((1, 2, 3)).sqrt()
             row |= {'rmse': apart.mean().item(), 'rmse.median': apart.median().item()}
-        if judge: row |= {k: v for k, v in judge(level, captions).items() if isinstance(v, (int, float))}
-        rows.append(row)
+        rows.append(row | shapes_report(level, captions))
     return levels, rows
 
 def plot(rows, path):
@@ -60,19 +54,19 @@ def main(argv=None):
     add('teacher'), add('students', nargs='+'), add('--captions', type=int, default=64), add('--each', type=int, default=1), add('--full', type=int, default=50)
     add('--steps', type=int, nargs='+', default=[1, 2, 4, 8]), add('--solvers', nargs='+', default=['ddim', 'dpm++2m', 'unipc']), add('--output', type=Path)
     args = parser.parse_args(argv)
-    captions, judge, rows, sheets = [c for c in shapes_captions(args.captions) for _ in range(args.each)], find_judge(), [], []
+    captions, rows, sheets = [c for c in shapes_captions(args.captions) for _ in range(args.each)], [], []
     def add_rows(who, found): rows.extend(dict(who=who, **r) for r in found)
     teacher = MDMPipeline.from_pretrained(args.teacher)
-    reference, found = measure(teacher, captions, judge=judge, steps=args.full)
+    reference, found = measure(teacher, captions, steps=args.full)
     add_rows(f'teacher, {args.full} steps', found); sheets.append(reference[0])
     for solver in args.solvers:
         for k in args.steps:
-            levels, found = measure(teacher, captions, reference, judge, steps=k, solver=solver, spacing='trailing' if k < 4 else 'logsnr')
+            levels, found = measure(teacher, captions, reference, steps=k, solver=solver, spacing='trailing' if k < 4 else 'logsnr')
             add_rows(f'teacher, {solver}', found)
     for path in args.students:
         student = MDMPipeline.from_pretrained(path)
         for k in args.steps:
-            levels, found = measure(student, captions, reference, judge, steps=k)
+            levels, found = measure(student, captions, reference, steps=k)
             add_rows(Path(path).name, found); sheets.append(levels[0])
     print(table(rows))
     if not args.output: return rows

@@ -10,7 +10,8 @@ import argparse
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from mdm.data.shapes import prompt_accuracy, shapes_captions
+from mdm.data.shapes import shapes_captions
+from mdm.data.shapes_judge import prompt_accuracy
 from mdm.diffusion.guidance import Denoiser, Prompt
 from mdm.diffusion.objective import Diffusion
 from mdm.diffusion.sampler import join_shares, step_pairs

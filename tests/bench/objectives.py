@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mdm.data.shapes import shapes_captions, write_shapes
+from mdm.data.shapes_judge import shapes_report
 from mdm.diffusion.objective import Diffusion, pyramid
 from mdm.diffusion.sampler import PictureNoise
 from mdm.evaluation.losses import read_pictures
@@ -44,20 +45,6 @@ settings = {                               # changes of the section `diffusion`
     'x0, flow-loss, logit-normal': 'schedule=flow prediction=x0 loss_target=flow min_divisor=0.05 time_sampling=logit_normal logit_mean=0.8 logit_std=0.8'}
 
 levels = [-6., -4., -3., -2., -1., 0., 1., 2., 3., 4., 6.]       # log-SNR at the innermost resolution
-
-def judged(pictures, captions):
-    "The judge's figures, as a flat dictionary of numbers. The only place that knows which judge it is."
-    from mdm.data.shapes import prompt_accuracy
-    return flat(prompt_accuracy(pictures, captions))
-
-def flat(figures, before=''):
-    "Numbers of a dictionary, of those inside it, and of objects with attributes, under dotted names."
-    if not isinstance(figures, dict): figures = vars(figures)
-    out = {}
-    for k, v in figures.items():
-        if isinstance(v, dict): out |= flat(v, f'{before}{k}.')
-        elif isinstance(v, (int, float, np.number)): out[f'{before}{k}'] = float(v)
-    return out
 
 @torch.no_grad()
 def v_errors(pipe, files, n, seed=0):
@@ -103,7 +90,7 @@ def measure(changes, seed, args, folder):
     errors, logsnr = v_errors(pipe, valid, args.captions)
     captions, judge = shapes_captions(args.captions, seed), {}
     for steps, spacing in product(args.draw or [recipe.sample.steps], dict.fromkeys(args.spacing or [recipe.sample.spacing])):
-        judge[f'{steps} {spacing}'] = judged(pipe(captions, n=1, seed=seed, batch_size=32, steps=steps, spacing=spacing), captions)
+        judge[f'{steps} {spacing}'] = shapes_report(pipe(captions, n=1, seed=seed, batch_size=32, steps=steps, spacing=spacing), captions)
     return dict(seconds=round(learn.seconds, 1), all_seconds=round(time.perf_counter() - began, 1), loss=float(rows[-1]['loss']) if rows else None,
                 v_error=errors, logsnr=logsnr, judge=judge)
 
