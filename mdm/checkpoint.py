@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'checkpoint_formats', 'write_safetensors', 'save_checkpoint', 'read_state', 'Checkpoint', 'find_checkpoint',
-           'load_checkpoint', 'strip_prefix', 'load_weights', 'text_width', 'read_foreign', 'load_state', 'recipe_for',
-           'load_model', 'load_inner']
+           'load_checkpoint', 'strip_prefix', 'load_weights', 'text_width', 'all_weights', 'find_adapter',
+           'read_foreign', 'load_state', 'recipe_for', 'load_model', 'load_inner']
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #84081bdd
 import json, struct, sys, warnings
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 import mdm
+from .models.adapters import Adapter, merge_adapters, read_adapter
 from .models.nested_unet import NestedUNetConfig, create_model
 from .models.unet import UNetConfig
 from .recipe import Recipe, load_recipe, save_recipe
@@ -67,12 +68,13 @@ def save_checkpoint(
     step:int=0, # optimizer steps taken
     averages:dict[float, dict[str, Tensor]]|None=None, # further averages by their decay
     more:dict[str, dict[str, Tensor]]|None=None, # further files of tensors by name, such as the optimizer's
+    adapter=None, # the `LoraConfig` of an adapter: the states are those of the adapter alone
     **extra, # anything that JSON can hold, to find in `Checkpoint.extra`
 )->Path: # the folder
     "Write a checkpoint, as a whole or not at all. Raises `FileExistsError` where something else would be replaced."
     folder = Path(folder)
     _refuse_to_replace(folder)
-    groups = {'model': model_state}
+    groups = {'adapter_model' if adapter else 'model': model_state}
     if raw_state is not None: groups['raw'] = raw_state
     groups |= {f'model_{decay}': o for decay, o in (averages or {}).items()} | (more or {})
     with atomic_folder(folder) as new:
@@ -81,6 +83,7 @@ def save_checkpoint(
             path = new/f'{name}.safetensors'
             write_safetensors(path, tensors)
             sizes[path.name] = path.stat().st_size
+        if adapter: adapter.save_pretrained(new)                 # adapter_config.json, as peft reads it
         save_recipe(recipe, new/'recipe.yaml')
         about = dict(format=FORMAT, step=step, versions=_versions(), files=sizes, extra=extra)
         (new/'state.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
@@ -89,12 +92,17 @@ def save_checkpoint(
 # %% ../nbs/3_training/02_checkpoint.ipynb #60f74c70
 _mend = 'Copy it again, or use another checkpoint.'
 
+def _main_file(folder):
+    "The file of the averaged weights, without its ending."
+    return 'adapter_model' if (folder/'adapter_config.json').is_file() else 'model'
+
 def read_state(
     folder:str|Path, # a checkpoint
 )->dict: # the content of `state.json`
     "Check that a checkpoint is whole. Raises `FileNotFoundError` or `ValueError`."
     folder = readable(folder)
-    missing = [name for name in ('state.json', 'recipe.yaml', 'model.safetensors') if not (folder/name).is_file()]
+    names = ('state.json', 'recipe.yaml', f'{_main_file(folder)}.safetensors')
+    missing = [name for name in names if not (folder/name).is_file()]
     if missing:
         verb = 'is' if len(missing) == 1 else 'are'
         raise FileNotFoundError(f"{folder} is not a complete checkpoint: {', '.join(missing)} {verb} missing. {_mend}")
@@ -145,7 +153,7 @@ def weights(self:Checkpoint,
     if raw:
         if (self.folder/'raw.safetensors').is_file(): return self.tensors('raw')
         raise FileNotFoundError(f'{self.folder} has no raw weights, only their moving average.')
-    if ema in (None, main): return self.tensors('model')
+    if ema in (None, main): return self.tensors(_main_file(self.folder))
     others = [float(p.stem.removeprefix('model_')) for p in self.folder.glob('model_*.safetensors')]
     if float(ema) in others: return self.tensors(f'model_{float(ema)}')
     known = ', '.join(map(str, [main, *others]))
@@ -242,6 +250,36 @@ def text_width(
         if prefix + key in state: return state[prefix + key].shape[-1]
     return next((v.shape[-1] for k, v in state.items() if k.endswith('kv_cond.weight')), 0)
 
+# %% ../nbs/3_training/02_checkpoint.ipynb #cf30d281
+def all_weights(
+    checkpoint:Checkpoint, # from `load_checkpoint`
+    raw:bool=False, # the weights themselves; False: their moving average
+    ema:float|None=None, # decay of the average; None: the first
+)->dict[str, Tensor]: # of the whole model by name; raises FileNotFoundError or ValueError
+    "Read the weights, those of an adapter added to the ones of the model that it changes."
+    state, config = checkpoint.weights(raw, ema), checkpoint.folder/'adapter_config.json'
+    if not config.is_file(): return state
+    path = checkpoint.recipe.finetune.checkpoint
+    try: model, _ = load_model(path)
+    except (FileNotFoundError, ValueError) as e:
+        raise type(e)(f'{checkpoint.folder} is an adapter of {path}, which cannot be loaded: {e} If the model is '
+                      'elsewhere now, open it and add the adapter to it (mdm_sample MODEL --adapter ...)') from None
+    settings = json.loads(config.read_text(encoding='utf-8'))
+    merge_adapters(model, [Adapter(settings, state, source=str(checkpoint.folder))])
+    return model.state_dict()
+
+def find_adapter(
+    path:str|Path, # the checkpoint of an adapter, a folder of such checkpoints, or a folder that peft wrote
+    strength:float=1., # factor of the change
+)->Adapter: # raises FileNotFoundError or ValueError
+    "Read an adapter: the newest of a training, or that of a folder."
+    folder = Path(path)
+    if folder.is_dir() and not (folder/'adapter_config.json').is_file():
+        folder = find_checkpoint(folder)
+        if not (folder/'adapter_config.json').is_file():
+            raise ValueError(f'{folder} is a whole model and no adapter: name it in place of the model')
+    return read_adapter(folder, strength)
+
 # %% ../nbs/3_training/02_checkpoint.ipynb #995e90fe
 checkpoint_formats = {}      # by file ending, e.g. '.weights': a function from a path to weights by name
 
@@ -265,7 +303,7 @@ def load_state(
     ema:float|None=None, # decay of the average, where several were kept; None: the first
 )->dict[str, Tensor]: # weights by name
     "The weights of any checkpoint."
-    return load_checkpoint(path).weights(raw, ema) if readable(path).is_dir() else read_foreign(path)
+    return all_weights(load_checkpoint(path), raw, ema) if readable(path).is_dir() else read_foreign(path)
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #72c6034a
 def recipe_for(
@@ -291,7 +329,7 @@ def load_model(
     "Build a model and fill it. Raises `FileNotFoundError` or `ValueError`."
     if readable(path).is_dir():
         checkpoint = load_checkpoint(path)
-        recipe, state = recipe_for(path, recipe or checkpoint.recipe), checkpoint.weights(raw, ema)
+        recipe, state = recipe_for(path, recipe or checkpoint.recipe), all_weights(checkpoint, raw, ema)
     elif Path(path).is_file(): recipe, state = recipe_for(path, recipe), read_foreign(path)
     else: raise FileNotFoundError(f'There is neither a checkpoint folder nor a file of weights called {path}.')
     model = create_model(recipe.model, text_width(recipe.model, state))

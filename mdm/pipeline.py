@@ -18,12 +18,13 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 from torch import nn
-from .checkpoint import load_model
+from .checkpoint import find_adapter, load_model
 from .diffusion.guidance import Guide, Prompt
 from .diffusion.objective import Diffusion
 from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
+from .models.adapters import merge_adapters, unmerge_adapters
 from .recipe import Recipe, check_join, check_steps
 from .text import TextEncoder, create_text_encoder
 from .utils.configs import ConfigError, changed, nearest
@@ -65,6 +66,24 @@ def from_pretrained(cls:MDMPipeline,
 )->MDMPipeline: # raises FileNotFoundError or ValueError that say what is wrong with the file
     "Load a checkpoint of this library, or a released one."
     return cls(*load_model(path, recipe, raw, ema), **kwargs)
+
+# %% ../nbs/3_training/03_pipeline.ipynb #9f4e6439
+@patch
+def add_adapter(self:MDMPipeline,
+    path:str|Path, # the output folder of a fine-tuning, one of its checkpoints, or a folder that peft wrote
+    strength:float=1., # factor of the change: 1 as trained, 0 none, above 1 exaggerates
+)->MDMPipeline: # itself; raises FileNotFoundError or ValueError, and changes nothing then
+    "Add an adapter to the model, beside those that were added before."
+    before = merge_adapters(self.model, [find_adapter(path, strength)])
+    self.without_adapters = {**before, **getattr(self, 'without_adapters', {})}
+    return self
+
+@patch
+def remove_adapters(self:MDMPipeline)->MDMPipeline: # itself
+    "Take all adapters out of the model."
+    unmerge_adapters(self.model, getattr(self, 'without_adapters', {}))
+    self.without_adapters = {}
+    return self
 
 # %% ../nbs/3_training/03_pipeline.ipynb #9c6aac36
 def _takes_fields(cls):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from ..diffusion.objective import Diffusion, Noised
+from ..models.adapters import averaged_weights, has_adapter, share_frozen
 from ..text import TextEncoder
 from ..utils.pictures import contact_sheet, pixels_to_signal
 from .sharded import full_tensor, local_tensors
@@ -276,7 +277,9 @@ class MovingAverage(Callback):
     def start(self):
         "Begin at the weights as they are."
         self.averages = {d: AveragedModel(self.learn.model).eval().requires_grad_(False) for d in self.decays}
-        for average in self.averages.values(): change_dtype(average.module, self.dtype)
+        for average in self.averages.values():
+            change_dtype(average.module, self.dtype)
+            if has_adapter(self.learn.model): share_frozen(average.module, self.learn.model)
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -319,9 +322,10 @@ def share(self:MovingAverage,
 @patch
 def after_step(self:MovingAverage):
     self.updates += 1
-    weights = local_tensors(self.learn.model)
+    own, weights = averaged_weights(self.learn.model), local_tensors(self.learn.model)
+    weights = [w for w, used in zip(weights, own) if used]
     for d, average in self.averages.items():
-        averages = local_tensors(average.module)
+        averages = [w for w, used in zip(local_tensors(average.module), own) if used]
         if self.dtype == torch.bfloat16: lerp_bfloat16(averages, weights, self.share(d), self.updates)
         else: torch._foreach_lerp_(averages, weights, self.share(d))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_starts', 'two_step', 'Teacher', 'Points', 'DistillLoss', 'Distilling', 'load_teacher', 'distill_learner',
-           'distill_recipe', 'distill_training']
+           'plain_start', 'named_recipe', 'distill_recipe', 'distill_training']
 
 # %% ../../nbs/3_training/11_distill.ipynb #45ffcc61
 from dataclasses import asdict
@@ -241,13 +241,17 @@ def distill_learner(
     return learn
 
 # %% ../../nbs/3_training/11_distill.ipynb #2d2e31d1
-def _plain_start(model):
+def plain_start(
+    model:dict, # section `model` of a recipe, as plain data
+)->dict: # the same without `inner_from`
     "The settings of a model without the checkpoints that its inner networks once started from."
     if 'inner' not in model: return model
-    return {**model, 'inner_from': None, 'inner': _plain_start(model['inner'])}
+    return {**model, 'inner_from': None, 'inner': plain_start(model['inner'])}
 
-def _find_teacher(path):
-    "The checkpoint that a path means, as text, and its recipe."
+def named_recipe(
+    path:str|Path, # a checkpoint, a folder of them, a file of weights, or the name of a bundled model
+)->tuple[str, Recipe]: # raises `FileNotFoundError` or `ValueError`
+    "The checkpoint that a path means, as a recipe names it, and its recipe."
     if not readable(path).is_dir(): return str(path), recipe_for(path)
     checkpoint = load_checkpoint(path)
     named = checkpoint.folder.parent == Path(str(bundled))       # a bundled model keeps its short name
@@ -261,12 +265,12 @@ def distill_recipe(
     files:list[str]=(), # shards to train on; none: those of the teacher's recipe
 )->Recipe: # checked
     "Make the recipe of a student. Raises `FileNotFoundError`, `RecipeError`, or `ValueError` when there are no data."
-    teacher, theirs = _find_teacher(path)
+    teacher, theirs = named_recipe(path)
     _check_teacher(path, theirs)
     values, t, c = escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
     name, batch = f'{theirs.name}-distilled', max(1, t.batch_size//c.points)
     steps = max(1, 3*t.steps*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
-    values |= dict(name=name, model=_plain_start(values['model']),
+    values |= dict(name=name, model=plain_start(values['model']),
                    distill=asdict(c))
     values['diffusion'] |= dict(mixed_ratio=None)
     values['train'] |= dict(steps=steps, batch_size=batch, lr=t.lr/3, caption_dropout=0.,
