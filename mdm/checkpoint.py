@@ -274,7 +274,7 @@ def find_adapter(
 )->Adapter: # raises FileNotFoundError or ValueError
     "Read an adapter: the newest of a training, or that of a folder."
     folder = Path(path)
-    if folder.is_dir() and not (folder/'adapter_config.json').is_file():
+    if not (folder/'adapter_config.json').is_file() and not (folder/'adapter_model.safetensors').is_file():
         folder = find_checkpoint(folder)
         if not (folder/'adapter_config.json').is_file():
             raise ValueError(f'{folder} is a whole model and no adapter: name it in place of the model')
