@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR', 'UNREACHABLE',
-           'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip', 'missing_package', 'open_image', 'ByteBudget',
-           'decoded', 'load_picture', 'get_caption', 'EmbeddedCaption', 'get_embedding', 'name_files', 'stored_scale',
-           'decode_sample', 'tar_members', 'split_name', 'tar_samples', 'read_tar', 'count_damage']
+           'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip', 'missing_package', 'explain_kind',
+           'open_image', 'ByteBudget', 'decoded', 'load_picture', 'get_caption', 'EmbeddedCaption', 'get_embedding',
+           'name_files', 'stored_scale', 'decode_sample', 'tar_members', 'split_name', 'tar_samples', 'read_tar',
+           'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
 import copy, io, json, lzma, os, posixpath, re, tarfile, threading, zlib
@@ -57,6 +58,15 @@ def missing_package(
 )->str: # name for `pip install`; empty: pictures of this kind can be read
     "The package that Pillow lacks for a kind of picture."
     return next((name for name in _load_packages() if ext.lower() in _PACKAGES[name][1]), '')
+
+# %% ../../nbs/2_data/03_samples.ipynb #a19822d5
+def explain_kind(
+    skip:Skip, # why a picture cannot be used
+    ext:str, # its extension
+)->Skip: # the same, or one that names the package that is missing
+    "Name the package that a picture needs."
+    package = missing_package(ext) if str(skip) == BAD_PICTURE else ''
+    return Skip(f'picture of a kind (.{ext.lower()}) that needs: pip install {package}') if package else skip
 
 # %% ../../nbs/2_data/03_samples.ipynb #7f9cd59c
 _PNG = b'\x89PNG\r\n\x1a\n'
@@ -230,9 +240,7 @@ def decode_sample(
         caption = EmbeddedCaption(caption)
         caption.embedding = get_embedding(sample)
     try: picture, scale = load_picture(sample[kind], size, place)
-    except Skip as e:
-        package = missing_package(kind)
-        raise (Skip(f'picture of a kind (.{kind}) that needs: pip install {package}') if package else e) from e.__cause__
+    except Skip as e: raise explain_kind(e, kind) from e.__cause__
     return np.asarray(picture), caption, max(scale, stored_scale(sample))
 
 # %% ../../nbs/2_data/03_samples.ipynb #dd4f3f78
