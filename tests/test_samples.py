@@ -67,6 +67,19 @@ def test_odd_shapes(size):
     assert out.size == (64, 64) and scale == min(size) and np.asarray(out)[..., 0].min() == 255
 
 
+@pytest.mark.parametrize('w, h, size', [(400, 300, 64), (640, 427, 128), (100, 300, 128), (97, 61, 61), (33, 35, 32), (500, 40, 39)])
+def test_resizing_is_pillows_within_four_levels(w, h, size):
+    "PyTorch's resizing of bytes gives what Pillow's does, also for parts that begin between pixels"
+    rng = np.random.default_rng(w)
+    img = Image.fromarray(rng.integers(0, 256, (h // 6 + 2, w // 6 + 2, 3), np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+    for place in ((0, 0), (.5, .5), (.3, .8), (1, 1)):
+        side = min(w, h)
+        x, y = ((n - side) * p for n, p in zip((w, h), place))
+        want = img.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)) if size != side else img.crop((int(x), int(y), int(x) + side, int(y) + side))
+        error = np.abs(np.subtract(load_picture(encode(img), size, place)[0], want, dtype=int))
+        assert error.max() <= 4 and error.mean() < 1, (place, error.max(), error.mean())
+
+
 def test_crop_place():
     img = Image.fromarray(np.arange(0, 240, 2, np.uint8)[None].repeat(40, 0))   # 120 wide, 40 high, brighter to the right
     for place, first in [((0, 0), 0), ((.5, .5), 80), ((1, 1), 160)]: assert load_picture(encode(img), 40, place)[0].getpixel((0, 0))[0] == first

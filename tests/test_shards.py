@@ -618,7 +618,7 @@ def test_results_that_wait_are_bounded(monkeypatch):
 def test_decoding_is_bounded(monkeypatch):
     "Sixteen threads, each with a picture that fills most of the budget: one is decoded at a time"
     most, real = [0], S_samples.to_rgb
-    monkeypatch.setattr(S_samples, 'DECODING', budget := S_samples.ByteBudget(1.5*8*200*150))
+    monkeypatch.setattr(S_samples, 'DECODING', budget := S_samples.ByteBudget(1.5*12*200*150))
     def watched(img):
         most[0] = max(most[0], budget.used)
         time.sleep(.002)
@@ -626,7 +626,7 @@ def test_decoding_is_bounded(monkeypatch):
     monkeypatch.setattr(S_samples, 'to_rgb', watched)
     data = saved(noise(0, (200,150)))
     assert all(o[0] == 'png' for o in ordered_map(prepare_picture, [data]*12, 16))
-    assert most[0] == 8*200*150 and budget.used == 0
+    assert most[0] == 12*200*150 and budget.used == 0
 
 def test_tars_of_a_folder_whatever_their_ending(tmp_path):
     folder = tmp_path/'a [1] {x}'; folder.mkdir()

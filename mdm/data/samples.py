@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR', 'UNREACHABLE',
            'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip', 'missing_package', 'explain_kind',
-           'open_image', 'ByteBudget', 'decoded', 'load_picture', 'get_caption', 'EmbeddedCaption', 'get_embedding',
-           'name_files', 'stored_scale', 'decode_sample', 'tar_members', 'split_name', 'tar_samples', 'read_tar',
-           'count_damage']
+           'open_image', 'ByteBudget', 'decoded', 'resize_part', 'load_picture', 'get_caption', 'EmbeddedCaption',
+           'get_embedding', 'name_files', 'stored_scale', 'decode_sample', 'tar_members', 'split_name', 'tar_samples',
+           'read_tar', 'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
 import copy, io, json, lzma, os, posixpath, re, tarfile, threading, zlib
@@ -18,6 +18,7 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError, features
 from .files import open_file
 from ..utils.pictures import to_rgb
@@ -149,11 +150,37 @@ def decoded(
     turn, size = _turn(img), img.size
     if turn in (_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90): size = size[::-1]
     if least: img.draft(None, (least, least))
-    with DECODING.hold(8*img.width*img.height):
+    with DECODING.hold(12*img.width*img.height):             # pixels of Pillow, their conversion, and an array
         img = to_rgb(_whole(img, data))
         yield img if turn is None else img.transpose(turn), size
 
 # %% ../../nbs/2_data/03_samples.ipynb #af358dac
+def _start(at, step):
+    "(pixel to begin with, results to drop) so that the first result that is kept begins at `at`; None: there is no such pixel."
+    if at == 0: return 0, 0
+    drop = np.arange(2, int(at/step) + 1)                    # the first result looks at two steps before it, as in Pillow
+    pixel = at - drop*step
+    good = np.flatnonzero(np.abs(pixel - np.rint(pixel)) <= step/64)
+    return (int(np.rint(pixel[good[0]])), int(drop[good[0]])) if len(good) else None
+
+def resize_part(
+    img:Image.Image, # RGB
+    box:tuple, # the part to keep: (left, top, right, bottom) in pixels, which need not be whole
+    size:tuple[int, int], # (width, height) of the result
+)->Image.Image: # RGB, resized by cubic interpolation with antialiasing
+    "Cut a part out of a picture and resize it."
+    steps = [(box[k + 2] - box[k])/size[k] for k in (0, 1)]
+    if steps == [1, 1]: return img.crop((int(box[0]), int(box[1]), int(box[0]) + size[0], int(box[1]) + size[1]))
+    starts = [_start(box[k], steps[k]) for k in (0, 1)]
+    if None in starts: return img.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.)
+    (x, drop_x), (y, drop_y) = starts
+    right, bottom = (int(box[k + 2] + 2*max(steps[k], 1)) + 2 for k in (0, 1))   # what the last result looks at
+    pixels = torch.from_numpy(np.asarray(img)[y:bottom, x:right].copy()).permute(2, 0, 1)[None]
+    shape = [drop_y + size[1], drop_x + size[0]]
+    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, shape, False, 1/steps[1], 1/steps[0])[0]
+    return Image.fromarray(resized[:, drop_y:, drop_x:].permute(1, 2, 0).contiguous().numpy())
+
+# %% ../../nbs/2_data/03_samples.ipynb #77097ee2
 def load_picture(
     data:bytes, # a picture file
     size:int, # side of the wanted square, in pixels
@@ -163,10 +190,8 @@ def load_picture(
     try:
         with decoded(data, 2*size) as (img, original):
             side = min(img.size)
-            number = int if side == size else float          # whole pixels where nothing is resized
-            x, y = (number((n - side)*p) for n, p in zip(img.size, place))
-            box = (x, y, x + side, y + side)
-            return img.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.), min(original)
+            x, y = ((n - side)*p for n, p in zip(img.size, place))
+            return resize_part(img, (x, y, x + side, y + side), (size, size)), min(original)
     except Exception as e: raise Skip(BAD_PICTURE) from e    # decoders fail in many ways
 
 # %% ../../nbs/2_data/03_samples.ipynb #bac147d5
