@@ -424,7 +424,7 @@ def folder_sample(
     except Skip as e: raise explain_kind(e, file.rsplit('.', 1)[-1]) from e.__cause__
     about, notes = about_picture(data, made)
     return {'__key__': make_key(file), ext: made, 'txt': caption.encode(), 'json': json.dumps({'file': file, **about}).encode(),
-            '__notes__': notes}
+            **({'__notes__': notes} if notes else {})}
 
 def _text_beside(path):
     "The text file of a picture, as `get_caption` wants it; {} when there is none."
