@@ -133,3 +133,11 @@ def test_joining_counts_and_judges(tmp_path, monkeypatch):
     assert len(found) == len(configs) and found[0][2] == 0 < found[1][2] and '0 %' in lines[3].replace('0%', '0 %')
     saved = [int(line.split('|')[4].strip().rstrip('%')) for line in lines[3:]]
     assert saved[0] == 0 and all(o > 0 for o in saved[1:])
+
+# ---- the loader
+
+def test_the_benchmark_of_the_loader_runs():
+    done = run_script('loader.py', '--rehearse')
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, row = done.stdout.splitlines()
+    assert head.split()[:4] == ['pictures', 'side', 'ours/s', '/plain'] and row.split()[:4] == ['96', 'x', '64', '16']

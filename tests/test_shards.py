@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np, pytest, webdataset
 from PIL import Image
 from tqdm import tqdm
-from mdm.data import shards as S
+from mdm.data import samples as S_samples, shards as S
 from mdm.data.configs import ShardsConfig
 from mdm.data.files import find_tars, read_manifest
 from mdm.data.inspect import *
-from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, Skip
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_PICTURE, Skip, load_picture
 from mdm.data.stream import DataConfig
 from mdm.data.loader import create_loader
 from mdm.data.shards import *
 from mdm.utils.files import only_writer
+from data_tools import P3, SWAPPED
 
 red, blue = Image.new('RGB', (60,40), 'red'), Image.new('RGB', (60,40), 'blue')
 
@@ -96,7 +97,7 @@ def test_turned_pictures_are_upright_in_training(tmp_path, resize):
     (images,_,micros), = create_loader(DataConfig(files=[str(tmp_path/'out'/'*.tar')], image_size=16, workers=0), 1, train=False)
     top, bottom = images[0,:,2].float().mean(1), images[0,:,-3].float().mean(1)
     assert top[0] > 200 > 50 > top[2] and bottom[2] > 200 > 50 > bottom[0]
-    assert micros['scale'].tolist() == [resize or 40]
+    assert micros['scale'].tolist() == [40]              # of the original, even where the picture was made smaller
 
 def test_resize():
     for data,ext in ((saved(noise(0, (300,200)), 'JPEG'), 'jpg'), (saved(noise(0, (300,200))), 'png'), (saved(noise(0, (300,200)), 'WEBP'), 'png'), (saved(noise(0, (300,200)), 'TIFF'), 'png')):
@@ -114,6 +115,39 @@ def test_a_picture_that_would_fill_the_memory(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     with pytest.raises(Skip, match=BAD_PICTURE): prepare_picture(saved(red))
 
+def test_what_is_converted_is_srgb_without_a_profile(tmp_path):
+    "Copied pictures keep their profile; converted and scaled ones have none, and in training both look the same"
+    img = Image.new('RGB', (60,40), (40,200,60))
+    for name, format in (('a.jpg', 'JPEG'), ('b.png', 'PNG'), ('c.webp', 'WEBP'), ('d.tif', 'TIFF')):
+        put(tmp_path/'in', name, saved(img, format, icc_profile=P3, **dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(format, {})))
+    put(tmp_path/'in', 'e.jpg', saved(Image.new('CMYK', (60,40), (255,0,0,0)), 'JPEG', icc_profile=SWAPPED))
+    for resize in (None, 20):
+        write_folder(tmp_path/'in', tmp_path/str(resize), resize=resize)
+        for name, s in by_file(tmp_path/str(resize)).items():
+            data = next(s[k] for k in ('jpg','png','webp') if k in s)
+            kept = resize is None and name != 'd.tif'
+            assert bool(Image.open(io.BytesIO(data)).info.get('icc_profile')) == kept, name
+            want = (255,0,255) if name == 'e.jpg' else (0,204,12)
+            assert np.abs(np.subtract(load_picture(data, 16)[0].getpixel((8,8)), want)).max() <= (9 if name == 'e.jpg' else 3), (name, resize)
+
+def test_profiles_that_cannot_be_used_are_counted(tmp_path):
+    put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG', icc_profile=b'nonsense')); put(tmp_path/'in', 'b.jpg', saved(red, 'JPEG'))
+    m = write_folder(tmp_path/'in', tmp_path/'out')
+    assert m['notes'] == {BAD_PROFILE: 1} and m['skipped'] == {} and len(samples(tmp_path/'out')) == 2
+    assert json.loads((tmp_path/'out'/'manifest.json').read_text()) == m
+
+@pytest.mark.parametrize('mode', ['turned', 'plain', 'webp'])
+def test_the_size_of_the_original_is_kept(tmp_path, mode):
+    data = dict(turned=turned(300, 200), plain=saved(noise(0, (300,200)), 'JPEG'), webp=saved(noise(0, (300,200)), 'WEBP'))[mode]
+    put(tmp_path/'in', f'a.{"webp" if mode == "webp" else "jpg"}', data); put(tmp_path/'in', 'small.jpg', saved(noise(1, (30,20)), 'JPEG'))
+    write_folder(tmp_path/'in', tmp_path/'out', resize=20)
+    about = {k: json.loads(s['json']) for k,s in by_file(tmp_path/'out').items()}
+    size = (200,300) if mode == 'turned' else (300,200)
+    large = next(o for k,o in about.items() if k[0] == 'a')
+    assert (large['original_width'], large['original_height']) == size and about['small.jpg'] == {'file':'small.jpg'}
+    loader = create_loader(DataConfig(files=[str(tmp_path/'out'/'*.tar')], image_size=16, workers=0), 2, train=False)
+    assert sorted(next(iter(loader))[2]['scale'].tolist()) == [20, 200]
+
 # ---- keys
 
 def test_keys_are_unique_and_safe():
@@ -128,7 +162,7 @@ def test_keys_are_unique_and_safe():
 def test_a_folder(tmp_path):
     names = ['a.jpg', 'deep/er/b.PNG', 'Zoë.webp', '猫 & 犬.jpg', 'a.b.c.jpg']
     for n in names: put(tmp_path/'in', n, saved(noise(len(n)), {'webp':'WEBP', 'PNG':'PNG'}.get(n.rsplit('.')[-1], 'JPEG')), f' words of {n}\n')
-    for n in ('.hidden.jpg', '.ipynb_checkpoints/a.jpg', '__MACOSX/a.jpg', 'notes.pdf'): put(tmp_path/'in', n, b'')
+    for n in ('.hidden.jpg', '.ipynb_checkpoints/a.jpg', '__MACOSX/a.jpg', '._a.jpg', '.DS_Store', 'Thumbs.db'): put(tmp_path/'in', n, b'', None)
     m = write_folder(tmp_path/'in', tmp_path/'out', command='mdm_dataset folder in out')
     assert {k: v['txt'].decode() for k,v in by_file(tmp_path/'out').items()} == {n: f'words of {n}' for n in names}
     for n,s in by_file(tmp_path/'out').items(): assert next(s[k] for k in ('jpg','png','webp') if k in s) == (tmp_path/'in'/n).read_bytes()
@@ -136,7 +170,7 @@ def test_a_folder(tmp_path):
     assert m['shards'] == {tar.name: {'samples':5, 'bytes':tar.stat().st_size}}
     assert (m['format'], m['complete'], m['command'], m['skipped']) == (1, True, 'mdm_dataset folder in out', {})
     assert json.loads((tmp_path/'out'/'manifest.json').read_text()) == m
-    assert sorted(files(tmp_path/'out')) == ['manifest.json', tar.name, 'skipped.tsv']
+    assert sorted(files(tmp_path/'out')) == ['manifest.json', 'packed.json', tar.name, 'skipped.tsv']
     assert {o['__key__'] for o in webdataset.WebDataset(str(tar), shardshuffle=False)} == {make_key(n) for n in names}
 
 def test_size_of_shards(tmp_path, many):
@@ -198,6 +232,84 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
         return real(path)
     monkeypatch.setattr(os, 'scandir', scandir)
     with pytest.raises(PermissionError, match='private'): write_folder(tmp_path/'in', tmp_path/'out')
+
+kinds = {'b.jp2': ('JPEG2000', {}), 'c.mpo': ('MPO', dict(save_all=True, append_images=[red])), 'd.ppm': ('PPM', {}), 'e.tga': ('TGA', {}), 'f.avif': ('AVIF', {}), 'g.jfif': ('JPEG', {}), 'h.bmp': ('BMP', {})}
+
+def test_every_file_is_used_or_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None); monkeypatch.setitem(sys.modules, 'pillow_jxl', None)
+    S_samples._load_packages.cache_clear()
+    try:
+        for name, (format, kw) in kinds.items(): put(tmp_path/'in', name, saved(noise(1), format, **kw))
+        put(tmp_path/'in', 'i.heic', b'\0\0\0\x18ftypheic'); put(tmp_path/'in', 'j.JXL', b'\xff\x0a')
+        for name in ('lonely.txt', 'sub/README.md', 'raw.cr2', 'LICENSE', 'x.verylongending'): put(tmp_path/'in', name, b'words', None)
+        (tmp_path/'in'/'link.jpg').symlink_to(tmp_path/'in'/'g.jfif'); (tmp_path/'in'/'link.txt').symlink_to('g.txt')
+        (tmp_path/'in'/'dead.jpg').symlink_to('nowhere.jpg')
+        (tmp_path/'elsewhere').mkdir(); put(tmp_path/'elsewhere', 'private.jpg', saved(red, 'JPEG'))
+        (tmp_path/'in'/'folder').symlink_to(tmp_path/'elsewhere')
+        (tmp_path/'in'/'loop').symlink_to(tmp_path/'in')
+        os.mkfifo(tmp_path/'in'/'pipe.jpg')
+        m = write_folder(tmp_path/'in', tmp_path/'in'/'shards')
+        assert sorted(by_file(tmp_path/'in'/'shards')) == sorted([*kinds, 'link.jpg'])
+        assert {o[0]: o[1] for o in report(tmp_path/'in'/'shards')} == {
+            'i.heic': 'picture of a kind (.heic) that needs: pip install pillow-heif', 'j.JXL': 'picture of a kind (.jxl) that needs: pip install pillow-jxl-plugin',
+            'lonely.txt': ORPHAN, 'sub/README.md': f'{OTHER_FILE} (.md)', 'raw.cr2': f'{OTHER_FILE} (.cr2)', 'LICENSE': f'{OTHER_FILE} (no usual ending)',
+            'x.verylongending': f'{OTHER_FILE} (no usual ending)', 'dead.jpg': DEAD_LINK, 'folder': LINKED_FOLDER, 'loop': LINKED_FOLDER, 'pipe.jpg': OTHER_FILE}
+        assert sum(m['skipped'].values()) == 11
+        assert write_folder(tmp_path/'in', tmp_path/'in'/'shards') == m                       # what it wrote itself is no news
+    finally: S_samples._load_packages.cache_clear()
+
+def test_a_folder_without_pictures_says_what_it_has(tmp_path):
+    put(tmp_path/'in', 'a.pdf', b''); put(tmp_path/'in', 'b.cr2', b'')
+    with pytest.raises(FileNotFoundError, match=r'no pictures.*it has 4 other files \(.cr2, .pdf, .txt\)'): write_folder(tmp_path/'in', tmp_path/'out')
+
+# ---- pictures that come later
+
+def test_new_pictures_go_into_new_shards(tmp_path, many):
+    write_folder(many, tmp_path/'out', per_shard=10)
+    before = files(tmp_path/'out')
+    for i in range(5): put(many, f'later/{i}.jpg', saved(noise(i), 'JPEG') if i else b'nothing', f'later {i}')
+    repaired = many/next(o[0] for o in report(tmp_path/'out') if o[1] == BAD_PICTURE)
+    repaired.write_bytes(saved(red, 'JPEG'))                         # it was left out, and can be used now
+    (many/'rows').mkdir(); put(many/'rows', 't.jpg', saved(red, 'JPEG'), None); (many/'rows'/'metadata.csv').write_text('file_name,text\nt.jpg,from a table\n')
+    m = write_folder(many, tmp_path/'out', per_shard=10)
+    after = files(tmp_path/'out')
+    assert {k: after[k] for k in before if k.endswith('.tar')} == {k: v for k,v in before.items() if k.endswith('.tar')} and after['skipped.tsv'].startswith(before['skipped.tsv'])
+    new = sorted(k for k in after.keys() - before.keys())
+    assert new == ['pictures-000006.tar'] and m['shards'][new[0]]['samples'] == 6 and m['complete']
+    assert sum(o['samples'] for o in m['shards'].values()) == 59 == len(samples(tmp_path/'out')) and m['skipped'][BAD_PICTURE] == 5
+    for _ in range(2): assert write_folder(many, tmp_path/'out', per_shard=10) == m and files(tmp_path/'out') == after
+    put(many/'rows', 'u.jpg', saved(blue, 'JPEG'), None); (many/'rows'/'metadata.csv').write_text('file_name,text\nt.jpg,from a table\nu.jpg,a row that was added\n')
+    m = write_folder(many, tmp_path/'out', per_shard=10)
+    assert m['shards']['pictures-000007.tar']['samples'] == 1
+    with pytest.raises(FileExistsError, match='resize was None, now 8'): write_folder(many, tmp_path/'out', per_shard=10, resize=8)
+    (many/'rows'/'metadata.csv').write_text('file_name,text\nt.jpg,another caption\nu.jpg,a row that was added\n')
+    with pytest.raises(FileExistsError, match="changed or gone since, for instance 'rows/t.jpg'"): write_folder(many, tmp_path/'out', per_shard=10)
+
+def test_adding_is_broken_off_at_every_call(tmp_path, monkeypatch):
+    for i in range(6): put(tmp_path/'in', f'{i}.jpg', saved(noise(i, (8,8)), 'JPEG') if i%5 else b'', f'picture {i}')
+    work = lambda out: write_folder(tmp_path/'in', out, per_shard=2, workers=1)
+    work(tmp_path/'first')
+    for i in range(6, 11): put(tmp_path/'in', f'{i}.jpg', saved(noise(i, (8,8)), 'JPEG') if i%5 else b'', f'picture {i}')
+    shutil.copytree(tmp_path/'first', tmp_path/'whole'); work(tmp_path/'whole')
+    real, n = os.replace, 0
+    class Off(BaseException): pass
+    while True:
+        n, calls, out = n+1, 0, tmp_path/f'out{n}'
+        shutil.copytree(tmp_path/'first', out)
+        def off(*args):
+            nonlocal calls
+            calls += 1
+            if calls == n: raise Off()
+            return real(*args)
+        monkeypatch.setattr(os, 'replace', off)
+        try: work(out)
+        except Off: stopped = True
+        else: stopped = False
+        monkeypatch.setattr(os, 'replace', real)
+        work(out)
+        assert files(out) == files(tmp_path/'whole'), n
+        if not stopped: break
+    assert n > 4
 
 # ---- tables of captions
 
@@ -323,10 +435,16 @@ def test_other_runs_are_refused(tmp_path, many):
     before = files(tmp_path/'out')
     with pytest.raises(FileExistsError, match='per_shard was 10, now 20'): write_folder(many, tmp_path/'out', per_shard=20)
     with pytest.raises(FileExistsError, match='resize was None, now 8'): write_folder(many, tmp_path/'out', per_shard=10, resize=8)
-    put(many, 'new.jpg', saved(red, 'JPEG'))
-    with pytest.raises(FileExistsError, match='source was'): write_folder(many, tmp_path/'out', per_shard=10)
+    one = next(p for p in sorted(many.rglob('*.jpg')) if p.stat().st_size > 9 and p.with_suffix('.txt').stat().st_size)
+    whole = one.read_bytes()
+    stat = one.stat()
+    one.write_bytes(whole + b' ')
+    with pytest.raises(FileExistsError, match=f'1 of the packed pictures have changed or gone since, for instance .*{one.name}'): write_folder(many, tmp_path/'out', per_shard=10)
     assert files(tmp_path/'out') == before
-    (many/'new.jpg').unlink(); (many/'new.txt').unlink()
+    one.write_bytes(whole)
+    os.utime(one, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    m = write_folder(many, tmp_path/'out', per_shard=10)
+    assert files(tmp_path/'out') == before and m['complete']
     (tmp_path/'out'/'pictures-000001.tar').write_bytes(b'')
     with pytest.raises(FileExistsError, match='pictures-000001.tar is missing or changed'): write_folder(many, tmp_path/'out', per_shard=10)
     (tmp_path/'out'/'manifest.json').unlink()
@@ -444,7 +562,7 @@ def test_inspect(tmp_path):
         for k,s in dict(cut=dict(jpg=saved(noise(0), 'JPEG')[:600], txt=b'x'), mute=dict(jpg=saved(red, 'JPEG')), latin=dict(jpg=saved(red, 'JPEG'), txt=b'\xff'), blind=dict(txt=b'x')).items(): add_sample(t, {'__key__':k, **s})
     (tmp_path/'b.tar').write_bytes((tmp_path/'a.tar').read_bytes()[:3000])
     found = inspect_shards([str(tmp_path/'[ab].tar')], pictures=2)
-    assert [(Path(o[0]).name, *o[1:3]) for o in found.bad] == [('a.tar','cut',BAD_PICTURE), ('a.tar','mute',NO_CAPTION), ('a.tar','latin',BAD_CAPTION), ('a.tar','blind',NO_PICTURE), ('b.tar','',BAD_TAR)]
+    assert [(Path(o[0]).name, *o[1:3]) for o in found.bad] == [('a.tar','cut',BAD_PICTURE), ('a.tar','latin',BAD_CAPTION), ('a.tar','mute',NO_CAPTION), ('a.tar','blind',NO_PICTURE), ('b.tar','',BAD_TAR)]
     assert (found.shards, found.samples, found.usable, found.embedded, found.repeated) == (2, 8, 4, 3, ['k0'])
     assert found.kinds == {'jpg':3, 'png':1} and found.short_sides == {64:1, 50:1, 30:1, 40:1} and found.lengths == {3:1, 9:1, 600:1, 5:1}
     assert found.sheet.width < 300
@@ -485,6 +603,38 @@ def test_ordered_map():
     g.close()
     def bad(i): raise RuntimeError('broken')
     with pytest.raises(RuntimeError, match='broken'): list(ordered_map(bad, range(3), 2))
+
+def test_results_that_wait_are_bounded(monkeypatch):
+    monkeypatch.setattr(S, 'WAITING', 1000)
+    begun = []
+    def f(i):
+        begun.append(i)
+        return {'jpg': bytes(400)}
+    g = ordered_map(f, range(100), 8)
+    next(g)
+    time.sleep(.05)
+    assert len(begun) < 9 and len(list(g)) == 99
+
+def test_decoding_is_bounded(monkeypatch):
+    "Sixteen threads, each with a picture that fills most of the budget: one is decoded at a time"
+    most, real = [0], S_samples.to_rgb
+    monkeypatch.setattr(S_samples, 'DECODING', budget := S_samples.ByteBudget(1.5*12*200*150))
+    def watched(img):
+        most[0] = max(most[0], budget.used)
+        time.sleep(.002)
+        return real(img)
+    monkeypatch.setattr(S_samples, 'to_rgb', watched)
+    data = saved(noise(0, (200,150)))
+    assert all(o[0] == 'png' for o in ordered_map(prepare_picture, [data]*12, 16))
+    assert most[0] == 12*200*150 and budget.used == 0
+
+def test_tars_of_a_folder_whatever_their_ending(tmp_path):
+    folder = tmp_path/'a [1] {x}'; folder.mkdir()
+    with tarfile.open(folder/'X.TAR', 'w') as t: add_sample(t, {'__key__':'k', 'jpg':saved(red, 'JPEG'), 'txt':b'x'})
+    with tarfile.open(folder/'y.tar.gz', 'w:gz') as t: add_sample(t, {'__key__':'l', 'jpg':saved(red, 'JPEG'), 'txt':b'x'})
+    (folder/'.z.tar').write_bytes(b''); (folder/'notes.txt').write_bytes(b'')
+    assert [Path(o).name for o in find_tars(folder)] == ['X.TAR', 'y.tar.gz'] and inspect_shards(folder).usable == 2
+    assert inspect_shards([str(tmp_path/'*'/'X.TAR')]).usable == 1
 
 # ---- a progress bar
 

@@ -87,6 +87,7 @@ def summary(
     shards, skipped = manifest['shards'].values(), sorted(manifest['skipped'].items(), key=lambda o: -o[1])
     pictures, megabytes = sum(o['samples'] for o in shards), sum(o['bytes'] for o in shards)/1e6
     text = f"{len(shards):,} shard{'s'*(len(shards) != 1)} with {pictures:,} pictures in {folder}, {megabytes:,.1f} MB, {seconds:.1f} s"
+    for note, n in manifest.get('notes', {}).items(): text += f'; {n:,} x {note}'
     if not skipped: return text + '.'
     reasons = ', '.join(f'{n:,} x {reason}' for reason, n in skipped)
     return f"{text}; {sum(n for _, n in skipped):,} left out ({reasons}), named in {Path(folder)/'skipped.tsv'}."
@@ -105,7 +106,8 @@ def _folder_flags(p):
 @_subcommand('folder', 'a folder of captioned pictures',
     'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, '
     'cat.txt), or in tables metadata.jsonl or metadata.csv with the columns file_name and text. Pictures are copied as '
-    'they are, unless training could not read them. What cannot be used is counted, and named in skipped.tsv.',
+    'they are, unless training could not read them. Every file that is not used is counted, and named in skipped.tsv. The same '
+    'command packs pictures that were added to the folder since into further shards.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000', _folder_flags)
 def _folder(args):

@@ -304,10 +304,18 @@ def find_tars(
     for p in patterns:
         if is_remote(p):
             raise ValueError(f'{redact(p)}: the shards must be on this machine; copy them first: mdm_dataset download')
-    found = find_files([os.path.join(p, '*.tar') if os.path.isdir(os.path.expanduser(p)) else p for p in patterns])
+    found = {}
+    for p in patterns: found.update(dict.fromkeys(_tars_in(os.path.expanduser(p)) or find_files(p)))
     for f in found:
         if not is_tar(f): raise ValueError(f'{f} is no tar ({", ".join(TARS)}): name shards, or a folder of them')
-    return found
+    return [*found]
+
+def _tars_in(folder):
+    "The tars in a folder; empty when it is no folder. Raises `FileNotFoundError` for a folder without tars."
+    if not os.path.isdir(folder): return []
+    names = sorted(n for n in os.listdir(folder) if n[0] != '.' and is_tar(n))
+    if not names: raise FileNotFoundError(f'data files: no file matches {os.path.join(folder, "*.tar")!r}: the folder has no tars')
+    return [os.path.join(folder, n) for n in names]
 
 # %% ../../nbs/2_data/02_files.ipynb #2b5b3ef3
 BLOCK = 4*2**20   # bytes per request

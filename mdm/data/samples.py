@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR', 'UNREACHABLE',
-           'PICTURES', 'TAR_ERRORS', 'META', 'Skip', 'load_picture', 'get_caption', 'EmbeddedCaption', 'get_embedding',
-           'decode_sample', 'tar_members', 'tar_samples', 'read_tar', 'count_damage']
+           'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip', 'missing_package', 'explain_kind',
+           'open_image', 'ByteBudget', 'decoded', 'resize_part', 'load_picture', 'get_caption', 'EmbeddedCaption',
+           'get_embedding', 'name_files', 'stored_scale', 'decode_sample', 'tar_members', 'split_name', 'tar_samples',
+           'read_tar', 'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
-import io, json, lzma, re, tarfile, zlib
+import copy, io, json, lzma, os, posixpath, re, tarfile, threading, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
 from itertools import islice
 import numpy as np
-from PIL import Image, ImageOps
-from webdataset.handlers import ignore_and_continue
-from webdataset.tariterators import group_by_keys
+import torch
+from PIL import Image, UnidentifiedImageError, features
 from .files import open_file
 from ..utils.pictures import to_rgb
 
@@ -33,6 +37,150 @@ BAD_TAR = 'tar that is missing, cut short or damaged'
 UNREACHABLE = 'tar that could not be fetched, in spite of several tries'
 
 # %% ../../nbs/2_data/03_samples.ipynb #bc4b1e9e
+PICTURES = ('jpg', 'jpeg', 'png', 'webp', 'jfif', 'jpe', 'mpo', 'gif', 'apng', 'tif', 'tiff', 'bmp', 'dib', 'avif', 'heic',
+            'heif', 'hif', 'jxl', 'jp2', 'j2k', 'jpx', 'ppm', 'pgm', 'pbm', 'pnm', 'tga', 'ico')   # extensions of pictures
+
+_PACKAGES = {'pillow-heif': ('pillow_heif', ('heic', 'heif', 'hif')), 'pillow-jxl-plugin': ('pillow_jxl', ('jxl',)),
+             'pillow-avif-plugin': ('pillow_avif', ('avif',))}   # name for pip -> (module, extensions)
+
+@lru_cache(maxsize=1)
+def _load_packages():
+    "Register the packages that are installed with Pillow; the names of the others."
+    missing = []
+    for name, (module, _) in _PACKAGES.items():
+        if name == 'pillow-avif-plugin' and features.check('avif'): continue
+        try: plugin = import_module(module)
+        except ImportError: missing.append(name)
+        else: getattr(plugin, 'register_heif_opener', lambda: None)()
+    return missing
+
+def missing_package(
+    ext:str, # extension of a picture, without a dot
+)->str: # name for `pip install`; empty: pictures of this kind can be read
+    "The package that Pillow lacks for a kind of picture."
+    return next((name for name in _load_packages() if ext.lower() in _PACKAGES[name][1]), '')
+
+# %% ../../nbs/2_data/03_samples.ipynb #a19822d5
+def explain_kind(
+    skip:Skip, # why a picture cannot be used
+    ext:str, # its extension
+)->Skip: # the same, or one that names the package that is missing
+    "Name the package that a picture needs."
+    package = missing_package(ext) if str(skip) == BAD_PICTURE else ''
+    return Skip(f'picture of a kind (.{ext.lower()}) that needs: pip install {package}') if package else skip
+
+# %% ../../nbs/2_data/03_samples.ipynb #7f9cd59c
+_PNG = b'\x89PNG\r\n\x1a\n'
+
+def _essential(data, beside=(b'tRNS', b'iCCP', b'eXIf')):
+    "A PNG file of the picture's own chunks, and of those `beside` it that are intact."
+    parts, at = [_PNG], 8
+    while at < len(data):
+        name, end = data[at + 4:at + 8], at + 12 + int.from_bytes(data[at:at + 4], 'big')
+        intact = zlib.crc32(data[at + 4:end - 4]) == int.from_bytes(data[end - 4:end], 'big')
+        if name in (b'IHDR', b'PLTE', b'IDAT', b'IEND') or name in beside and intact:
+            parts.append(data[at:end])
+        at = end
+    return b''.join(parts)
+
+def open_image(
+    data:bytes, # a picture file
+)->Image.Image: # opened, but not decoded
+    "Open a picture file of any kind. Raises what Pillow raises."
+    if data.startswith((b'%!PS', b'\xc5\xd0\xd3\xc6')): raise UnidentifiedImageError('PostScript is not run')
+    try: return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        _load_packages()
+        return Image.open(io.BytesIO(_essential(data) if data.startswith(_PNG) else data))
+    except ValueError:                                       # a text or a profile that is far too large
+        if not data.startswith(_PNG): raise
+        return Image.open(io.BytesIO(_essential(data, (b'tRNS', b'eXIf'))))
+
+# %% ../../nbs/2_data/03_samples.ipynb #ceda344b
+class ByteBudget:
+    "A number of bytes that threads share."
+    def __init__(self,
+        most:float, # bytes in use at a time
+    ):
+        self.most, self.used, self.free = most, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self,
+        n:float, # bytes that are wanted
+    ):
+        "Wait until `n` bytes are free, and use them within the `with` block."
+        with self.free:
+            self.free.wait_for(lambda: not self.used or self.used + n <= self.most)
+            self.used += n
+        try: yield
+        finally:
+            with self.free:
+                self.used -= n
+                self.free.notify_all()
+
+DECODING = ByteBudget(2e9)   # for pictures that are being decoded in this process
+os.register_at_fork(after_in_child=lambda: DECODING.__init__(DECODING.most))
+
+# %% ../../nbs/2_data/03_samples.ipynb #b5bce8c5
+_TURN = Image.Transpose
+_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE, 6: _TURN.ROTATE_270,
+          7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}           # EXIF's number for the orientation -> what to do
+
+def _turn(img):
+    "What turns a picture upright, or None."
+    try: return _TURNS.get(img.getexif().get(0x112))
+    except Exception: return None                            # damaged EXIF data, which say nothing
+
+def _whole(img, data):
+    "Decode a picture; a PNG that fails is read again without what stands beside the picture."
+    try: img.load()
+    except Exception:
+        if not data.startswith(_PNG): raise
+        img = open_image(_essential(data))
+        img.load()
+    return img
+
+@contextmanager
+def decoded(
+    data:bytes, # a picture file
+    least:int|None=None, # a JPEG may be decoded to a fraction in which no side is below this many pixels; None: whole
+): # context manager: (upright RGB picture in sRGB, (width, height) of the whole picture when upright)
+    "Decode a picture file, within the budget `DECODING`. Raises what Pillow raises."
+    img = open_image(data)
+    turn, size = _turn(img), img.size
+    if turn in (_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90): size = size[::-1]
+    if least: img.draft(None, (least, least))
+    with DECODING.hold(12*img.width*img.height):             # pixels of Pillow, their conversion, and an array
+        img = to_rgb(_whole(img, data))
+        yield img if turn is None else img.transpose(turn), size
+
+# %% ../../nbs/2_data/03_samples.ipynb #af358dac
+def _start(at, step):
+    "(pixel to begin with, results to drop) so that the first result that is kept begins at `at`; None: there is no such pixel."
+    if at == 0: return 0, 0
+    drop = np.arange(2, int(at/step) + 1)                    # the first result looks at two steps before it, as in Pillow
+    pixel = at - drop*step
+    good = np.flatnonzero(np.abs(pixel - np.rint(pixel)) <= step/64)
+    return (int(np.rint(pixel[good[0]])), int(drop[good[0]])) if len(good) else None
+
+def resize_part(
+    img:Image.Image, # RGB
+    box:tuple, # the part to keep: (left, top, right, bottom) in pixels, which need not be whole
+    size:tuple[int, int], # (width, height) of the result
+)->Image.Image: # RGB, resized by cubic interpolation with antialiasing
+    "Cut a part out of a picture and resize it."
+    steps = [(box[k + 2] - box[k])/size[k] for k in (0, 1)]
+    if steps == [1, 1]: return img.crop((int(box[0]), int(box[1]), int(box[0]) + size[0], int(box[1]) + size[1]))
+    starts = [_start(box[k], steps[k]) for k in (0, 1)]
+    if None in starts: return img.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.)
+    (x, drop_x), (y, drop_y) = starts
+    right, bottom = (int(box[k + 2] + 2*max(steps[k], 1)) + 2 for k in (0, 1))   # what the last result looks at
+    pixels = torch.from_numpy(np.asarray(img)[y:bottom, x:right].copy()).permute(2, 0, 1)[None]
+    shape = [drop_y + size[1], drop_x + size[0]]
+    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, shape, False, 1/steps[1], 1/steps[0])[0]
+    return Image.fromarray(resized[:, drop_y:, drop_x:].permute(1, 2, 0).contiguous().numpy())
+
+# %% ../../nbs/2_data/03_samples.ipynb #77097ee2
 def load_picture(
     data:bytes, # a picture file
     size:int, # side of the wanted square, in pixels
@@ -40,16 +188,11 @@ def load_picture(
 )->tuple[Image.Image, int]: # (RGB picture of `size` by `size`, shorter side of the original in pixels)
     "Decode a picture, turn it upright, crop it to a square and resize it. Raises `Skip` when that cannot be done."
     try:
-        img = Image.open(io.BytesIO(data))
-        scale = min(img.size)
-        img.draft(None, (2*size, 2*size))
-        img = to_rgb(ImageOps.exif_transpose(img))
-    except Exception as e: raise Skip(BAD_PICTURE) from e                      # decoders fail in many ways
-    side = min(img.size)
-    number = int if side == size else float                                    # whole pixels where nothing is resized
-    x, y = (number((n - side)*p) for n, p in zip(img.size, place))
-    square = img.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side), reducing_gap=3.)
-    return square, scale
+        with decoded(data, 2*size) as (img, original):
+            side = min(img.size)
+            x, y = ((n - side)*p for n, p in zip(img.size, place))
+            return resize_part(img, (x, y, x + side, y + side), (size, size)), min(original)
+    except Exception as e: raise Skip(BAD_PICTURE) from e    # decoders fail in many ways
 
 # %% ../../nbs/2_data/03_samples.ipynb #bac147d5
 def get_caption(
@@ -84,9 +227,29 @@ def get_embedding(
     if not isinstance(e, np.ndarray) or e.ndim != 2 or e.dtype.kind != 'f' or not e.size: raise Skip(BAD_EMBEDDING)
     return e.astype(np.float16, copy=False)
 
-# %% ../../nbs/2_data/03_samples.ipynb #a2991dbd
-PICTURES = ('jpg', 'jpeg', 'png', 'webp')   # extensions of pictures
+# %% ../../nbs/2_data/03_samples.ipynb #264e17c9
+def name_files(
+    reason:str, # why a sample cannot be used
+    sample:dict, # its files by extension; `__found__` lists those that were not read
+)->str: # the reason, with the extensions that nobody asked for
+    "Add the extensions of a sample's other files to a reason."
+    known = (*PICTURES, 'txt', 'json')
+    exts = {e.rsplit('.', 1)[-1] for e in (*sample, *sample.get('__found__', ())) if e not in known and e[:2] != '__'}
+    names = ', '.join(f'.{e:.12}' for e in sorted(exts)[:4]) + ', ...'*(len(exts) > 4)
+    return f'{reason} (it has {names})' if exts else reason
 
+# %% ../../nbs/2_data/03_samples.ipynb #2cba06f2
+def stored_scale(
+    sample:dict, # bytes by extension
+)->int: # in pixels; 0 when the sample does not say
+    "The shorter side of the original of a picture that was made smaller."
+    if b'"original_width"' not in sample.get('json', b''): return 0
+    try: about = json.loads(sample['json'])
+    except (ValueError, RecursionError): return 0
+    sides = [about.get(f'original_{o}') for o in ('width', 'height')] if isinstance(about, dict) else [0]
+    return min(sides) if all(isinstance(o, int) and o > 0 for o in sides) else 0
+
+# %% ../../nbs/2_data/03_samples.ipynb #a2991dbd
 def decode_sample(
     sample:dict, # bytes by extension
     size:int, # side of the wanted square, in pixels
@@ -94,42 +257,139 @@ def decode_sample(
     embedding:bool=False, # the caption gets its text embedding
 )->tuple[np.ndarray, str, int]: # (uint8 [size,size,3], caption, shorter side of the original in pixels)
     "Decode a sample. Raises `Skip` when it cannot be used."
-    caption = get_caption(sample)
-    data = next((sample[k] for k in PICTURES if k in sample), None)
-    if data is None: raise Skip(NO_PICTURE)
+    try: caption = get_caption(sample)
+    except Skip as e: raise Skip(name_files(str(e), sample) if str(e) == NO_CAPTION else str(e)) from e.__cause__
+    kind = next((k for k in PICTURES if k in sample), None)
+    if kind is None: raise Skip(name_files(NO_PICTURE, sample))
     if embedding:
         caption = EmbeddedCaption(caption)
         caption.embedding = get_embedding(sample)
-    picture, scale = load_picture(data, size, place)
-    return np.asarray(picture), caption, scale
+    try: picture, scale = load_picture(sample[kind], size, place)
+    except Skip as e: raise explain_kind(e, kind) from e.__cause__
+    return np.asarray(picture), caption, max(scale, stored_scale(sample))
 
 # %% ../../nbs/2_data/03_samples.ipynb #dd4f3f78
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)   # what reading a damaged tar raises
 
+def _by_name(tar):
+    "The regular files of a tar by name, as far as it is intact."
+    tar.fileobj.seek(0)
+    found = {}
+    try:
+        again = tarfile.TarFile(fileobj=tar.fileobj)
+        for m in iter(again.next, None):
+            again.members.clear()
+            if m.isreg() or m.issym() or m.islnk(): found[posixpath.normpath(m.name)] = m
+    except TAR_ERRORS: pass                                  # the walk that wanted this finds the damage as well
+    return found
+
+def _target(link, files):
+    "The file that a link stands for, under the link's name; None when it is not in the tar."
+    name, m = posixpath.normpath(link.name), link
+    for _ in range(8):
+        beside = '' if m.islnk() else posixpath.dirname(name)
+        name = posixpath.normpath(posixpath.join(beside, m.linkname))
+        m = files.get(name)
+        if m is None or m.isreg(): break
+    if m is None or not m.isreg(): return None
+    m = copy.copy(m)
+    m.name = link.name
+    return m
+
+# %% ../../nbs/2_data/03_samples.ipynb #8fa168bf
 def tar_members(
     tar:tarfile.TarFile, # an open tar
 )->Iterator[tarfile.TarInfo]:
-    "The regular files in a tar, in order. Raises one of `TAR_ERRORS` where the tar is damaged."
+    "The regular files in a tar, and links to them, in order. Raises one of `TAR_ERRORS` where the tar is damaged."
+    files = None                                             # by name, once there is a link
     for m in iter(tar.next, None):
         tar.members.clear()                                  # tarfile would keep them all, too many in a large tar
-        if m.isreg(): yield m
+        if m.issym() or m.islnk():
+            files = _by_name(tar) if files is None else files
+            m = _target(m, files)
+        if m and m.isreg(): yield m
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('no empty block at the end')
 
 # %% ../../nbs/2_data/03_samples.ipynb #c1324abd
 META = r'__[^/]*__($|/)'   # names that webdataset keeps for itself
 
+def split_name(
+    name:str, # of a file in a tar
+)->tuple[str, str]|None: # (key, extension in lower case without its first dot); None: the file belongs to no sample
+    "Divide a name into key and extension."
+    folder, base = posixpath.split(name)
+    key, dot, ext = base.partition('.')
+    if not key or not dot or re.match(META, name) or '__MACOSX' in folder.split('/'): return None
+    return posixpath.join(folder, key), ext.lower()
+
+# %% ../../nbs/2_data/03_samples.ipynb #45f915a0
+def _last_dot(run):
+    "Divide a run whose keys have dots in them into runs of its own."
+    for key, ext, m in run:
+        front, _, ext = f'{key}.{ext}'.rpartition('.')
+        if front.endswith('.emb') and ext == 'npy': front, ext = front[:-4], 'emb.npy'
+        yield front, ext, m
+
+def _runs(members):
+    "Lists of (key, extension, `TarInfo`) that follow each other under one key."
+    run = []
+    for m in members:
+        if not (name := split_name(m.name)): continue
+        many = len(run) >= 1000 and all('.' in ext for _, ext, _ in run)
+        if run and (name[0] != run[0][0] or many):
+            yield run
+            run = []
+        run.append((*name, m))
+    if run: yield run
+
+def _grouped(members):
+    "Samples of files that follow each other; an extension that comes again begins another sample."
+    for run in _runs(members):
+        if all('.' in ext and ext != 'emb.npy' for _, ext, _ in run): run = _last_dot(run)
+        sample = {}
+        for key, ext, m in run:
+            if sample and (key != sample['__key__'] or ext in sample):
+                yield sample
+                sample = {}
+            sample['__key__'] = key
+            sample[ext] = m
+        yield sample
+
+# %% ../../nbs/2_data/03_samples.ipynb #588cb21a
+HELD = 50_000   # samples of a tar that may wait for their other files
+
+def _is_whole(sample):
+    "Has a sample a picture and another file?"
+    pictures = sum(k in PICTURES for k in sample)
+    return 0 < pictures < len(sample) - 1                    # one of its entries is the key
+
+def _joined(samples):
+    "Join the parts of samples that lie apart."
+    held = {}                                                # key -> sample
+    for s in samples:
+        key = s['__key__']
+        if _is_whole(s):
+            yield s
+            continue
+        old = held.pop(key, {'__key__': key})
+        apart = old.keys() & s.keys() == {'__key__'}
+        if not apart: yield old
+        s = {**old, **s} if apart else s
+        if _is_whole(s): yield s
+        else: held[key] = s
+        if len(held) > HELD: yield held.pop(next(iter(held)))
+    yield from held.values()
+
 def tar_samples(
     tar:tarfile.TarFile, # an open tar
-)->Iterator[dict]: # extension -> `TarInfo`
+)->Iterator[dict]: # `__key__`, and extension -> `TarInfo`
     "Walk through a tar sample by sample. Raises one of `TAR_ERRORS`, at the end, when the tar is damaged."
     damage = []
-    def files():
-        try:
-            for m in tar_members(tar):
-                if not re.match(META, m.name): yield {'fname': m.name, 'data': m, '__url__': 'a tar'}
+    def members():
+        try: yield from tar_members(tar)
         except TAR_ERRORS as e: damage.append(e)
-    yield from group_by_keys(files(), handler=ignore_and_continue)
+    yield from _joined(_grouped(members()))
     if damage: raise damage[0]
 
 # %% ../../nbs/2_data/03_samples.ipynb #b3d7f762
@@ -138,10 +398,12 @@ def read_tar(
     start:int, # first sample to read
     stop:int, # one past the last sample to read
     keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension
-)->Iterator[dict]: # extension -> bytes
+)->Iterator[dict]: # extension -> bytes; `__found__`: other extensions, where picture or caption are missing
     "Read samples `start` to `stop - 1` of a tar. Raises one of `TAR_ERRORS` after the samples before the damage."
     with open_file(path) as f, tarfile.open(fileobj=f) as tar:
-        for s in islice(tar_samples(tar), start, stop): yield {k: tar.extractfile(s[k]).read() for k in keys if k in s}
+        for s in islice(tar_samples(tar), start, stop):
+            found = {} if _is_whole(s) else {'__found__': tuple(k for k in s if k not in keys and k[:2] != '__')}
+            yield {**{k: tar.extractfile(s[k]).read() for k in keys if k in s}, **found}
 
 # %% ../../nbs/2_data/03_samples.ipynb #67560011
 def count_damage(

@@ -17,7 +17,7 @@ from urllib.response import addinfourl
 from .configs import UrlsConfig
 from .files import CAPTION_COLUMNS, column_names, pick_column, read_table
 from .samples import Skip, get_caption
-from .shards import ShardWriter, ordered_map, prepare_picture, items_bar, refuse_empty, result_or_skip
+from .shards import ShardWriter, about_picture, ordered_map, prepare_picture, items_bar, refuse_empty, result_or_skip
 from ..utils.configs import changed
 
 # %% ../../nbs/2_data/09_urls.ipynb #c26fb858
@@ -232,7 +232,9 @@ def url_sample(
     if isinstance(data, Skip): raise data
     ext, picture = prepare_picture(data, resize)
     text = get_caption({'txt': caption.encode('utf-8', 'surrogateescape')})
-    return {'__key__': f'{number:09d}', ext: picture, 'txt': text.encode(), 'json': json.dumps({'url': url}).encode()}
+    about, notes = about_picture(data, picture)
+    return {'__key__': f'{number:09d}', ext: picture, 'txt': text.encode(), 'json': json.dumps({'url': url, **about}).encode(),
+            **({'__notes__': notes} if notes else {})}
 
 # %% ../../nbs/2_data/09_urls.ipynb #a9397d40
 def check_network(
