@@ -6,6 +6,9 @@
 __all__ = ['build_model', 'grown_networks', 'LRSchedule', 'MDMLearner', 'SmoothLoss', 'training_callbacks', 'mdm_learner',
            'LogRows', 'tensorboard_log', 'wandb_log', 'logger_callbacks', 'output_callbacks']
 
+# %% ../../nbs/3_training/09_learner.ipynb #d834e3c8
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/09_learner.ipynb #31d62f28
 import itertools, math
 from collections.abc import Callable
