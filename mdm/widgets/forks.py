@@ -26,6 +26,7 @@ def load_beforehand(
     device:str|None=None, # where to compute, a CPU
 )->int: # how many threads a copy may compute with
     "Import and load what all visitors share. Stops loading when half of the machine's memory is in use."
+    os.environ['JPY_PARENT_PID'] = str(os.getpid())          # read by ipykernel while it is imported: a kernel ends with its parent
     import ipykernel.kernelapp, torch
     import mdm.widgets.sampler
     from mdm.pipeline import share_pipeline
@@ -49,7 +50,7 @@ def _become(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
-    os.environ.update(request['env'], JPY_PARENT_PID=str(os.getppid()))    # a kernel ends when this one is gone
+    os.environ.update(request['env'], JPY_PARENT_PID=str(os.getppid()))
     os.chdir(request['cwd'])
     torch.set_num_threads(threads)
     torch.seed()
