@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page_template', 'page_notebook', 'kernel_spec', 'write_page', 'checkpoint_place', 'named_checkpoints', 'is_local',
            'free_port', 'Places', 'places_manager', 'server_config', 'waiting_page', 'plain_error', 'page_handler',
-           'tamed', 'page_server', 'mdm_app']
+           'parts_fit', 'socket_handler', 'tamed', 'page_server', 'mdm_app']
 
 # %% ../../nbs/5_edges/11_app.ipynb #d941297c
 import argparse, json, logging, os, socket, sys, tempfile, time
@@ -79,10 +79,12 @@ def page_notebook(
     kernel = dict(name='mdm', display_name='mdm', language='python')
     return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=[title, sampler])
 
-def kernel_spec()->dict: # as `kernel.json` has it
+def kernel_spec(
+    debug:bool=False, # print the errors of a process; they may be a visitor's doing
+)->dict: # as `kernel.json` has it
     "How the Python process of a visitor is started."
     argv = [sys.executable, '-W', 'ignore::FutureWarning', '-m', 'ipykernel_launcher', '-f', '{connection_file}',
-            '--HistoryManager.enabled=False', '--log-level=ERROR']
+            '--HistoryManager.enabled=False', f'--log-level={"ERROR" if debug else "CRITICAL"}']
     return dict(argv=argv, display_name='mdm', language='python')
 
 # %% ../../nbs/5_edges/11_app.ipynb #00e14453
@@ -91,10 +93,11 @@ def write_page(
     checkpoints:dict[str, str], # name -> path
     recipe:str|None=None, # of .pth files
     device:str|None=None, # where to compute
+    debug:bool=False, # see `kernel_spec`
 )->Path: # the notebook
     "Write the folder that Voila serves."
     contents = {'page/Matryoshka Diffusion.ipynb': json.dumps(page_notebook(checkpoints, recipe, device)),
-                'jupyter/kernels/mdm/kernel.json': json.dumps(kernel_spec()),
+                'jupyter/kernels/mdm/kernel.json': json.dumps(kernel_spec(debug)),
                 'jupyter/voila/templates/mdm/conf.json': json.dumps(dict(base_template='lab')),
                 'jupyter/voila/templates/mdm/index.html.j2': page_template()}
     for name, text in contents.items():
@@ -318,6 +321,25 @@ def page_handler()->type: # a tornado handler; needs Voila
             self.finish(waiting_page(self.kernel_manager.visitors))
     return PageHandler
 
+# %% ../../nbs/5_edges/11_app.ipynb #9e963c89
+def parts_fit(
+    message:bytes, # from a browser
+    v1:bool, # in the protocol v1.kernel.websocket.jupyter.org, else in the one before
+)->bool: # whether as many parts as it announces can be in it
+    "Test a binary message before it is taken apart."
+    count, width = (int.from_bytes(message[:8], 'little'), 8) if v1 else (int.from_bytes(message[:4], 'big'), 4)
+    return count < len(message)//width
+
+def socket_handler()->type: # a tornado handler; needs Voila
+    "The handler of a page's connection to its process."
+    from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
+    class SocketHandler(VoilaKernelWebsocketHandler):
+        def on_message(self, message):
+            v1 = bool(self.selected_subprotocol)
+            if isinstance(message, bytes) and not parts_fit(message, v1): return self.close(1007, 'not a message')
+            super().on_message(message)
+    return SocketHandler
+
 # %% ../../nbs/5_edges/11_app.ipynb #f2765c5d
 _log = logging.getLogger('mdm.app')
 
@@ -355,13 +377,15 @@ def page_server(
         from traitlets.config import Config
         from voila.app import Voila
         from voila.tornado.handler import TornadoVoilaHandler
+        from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
     except ImportError as e:
         raise ImportError(f"the page is served by Voila, which cannot be imported here ({e}): "
                           "pip install 'matryoshka-diffusion[app]'") from None
     class PageServer(Voila):
         def load_config_file(self, *args, **kwargs): pass
         def init_handlers(self):
-            choose = lambda handler: page_handler() if handler is TornadoVoilaHandler else tamed(handler)
+            ours = {TornadoVoilaHandler: page_handler(), VoilaKernelWebsocketHandler: tamed(socket_handler())}
+            choose = lambda handler: ours.get(handler) or tamed(handler)
             return [(pattern, choose(handler), *more) for pattern, handler, *more in super().init_handlers()]
         def listen(self):
             self.app.listen = partial(self.app.listen, max_body_size=2**20)
@@ -409,7 +433,7 @@ def _app_command(
     forks = _start_forks(args, checkpoints, recipe)
     try:
         with tempfile.TemporaryDirectory(prefix='mdm_app_') as folder:
-            notebook = write_page(folder, checkpoints, recipe, args.device)
+            notebook = write_page(folder, checkpoints, recipe, args.device, args.debug)
             _serve_page(folder, notebook, server_config(args.host, port, args.visitors, forks), args.debug)
     finally:
         if forks: forks.close()
