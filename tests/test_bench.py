@@ -133,3 +133,10 @@ def test_joining_counts_and_judges(tmp_path, monkeypatch):
     assert len(found) == len(configs) and found[0][2] == 0 < found[1][2] and '0 %' in lines[3].replace('0%', '0 %')
     saved = [int(line.split('|')[4].strip().rstrip('%')) for line in lines[3:]]
     assert saved[0] == 0 and all(o > 0 for o in saved[1:])
+
+# ---- start-up and visitors
+
+def test_the_benchmark_of_visitors_runs():
+    done = run_script('visitors.py', '--rehearse')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [o.split(':')[0].split(' ')[0] for o in done.stdout.splitlines()] == ['import', 'forked']

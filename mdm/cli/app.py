@@ -10,7 +10,6 @@ __all__ = ['page_template', 'page_notebook', 'kernel_spec', 'write_page', 'check
 # %% ../../nbs/5_edges/11_app.ipynb #d941297c
 import argparse, json, logging, os, socket, sys, tempfile, time
 from contextvars import ContextVar
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
@@ -388,7 +387,12 @@ def page_server(
             choose = lambda handler: ours.get(handler) or tamed(handler)
             return [(pattern, choose(handler), *more) for pattern, handler, *more in super().init_handlers()]
         def listen(self):
-            self.app.listen = partial(self.app.listen, max_body_size=2**20)
+            listen = self.app.listen
+            def announced(*args, **kwargs):
+                server = listen(*args, max_body_size=2**20, **kwargs)
+                print(f'mdm_app: http://{self.ip}:{self.port}/ (Ctrl-C ends it)', flush=True)
+                return server
+            self.app.listen = announced
             super().listen()
     return PageServer(config=Config(config))
 
@@ -404,7 +408,6 @@ def _serve_page(
     server = page_server(config)
     _quiet_logs(debug)
     server.initialize([str(notebook)])
-    print(f"mdm_app: http://{config['Voila']['ip']}:{config['Voila']['port']}/ (Ctrl-C ends it)", flush=True)
     server.start()
 
 # %% ../../nbs/5_edges/11_app.ipynb #2fff5b50
