@@ -161,7 +161,10 @@ class Places:
     connect_within, return_within, patience = 120, 60, 2          # seconds
     starting, tending = 0, None                                   # processes that are not in the list yet; the timer
 
-    def pre_start_kernel(self, kernel_name, kwargs):
+    def pre_start_kernel(self,
+        kernel_name:str|None, # of the kernel specification
+        kwargs:dict, # of `start_kernel`
+    )->tuple: # the kernel's manager, its name and its id
         "Give a kernel its way of being started."
         km, *more = super().pre_start_kernel(kernel_name, kwargs)
         if self.forks:
@@ -169,20 +172,26 @@ class Places:
             km.provisioner = fork_provisioner(self.forks)(kernel_id=more[1], kernel_spec=km.kernel_spec, parent=km)
         return km, *more
 
-    def notify_connect(self, kernel_id):
+    def notify_connect(self,
+        kernel_id:str, # of a process
+    ):
         "A page has connected."
         super().notify_connect(kernel_id)
         self.loading.pop(kernel_id, None)
         self.parted.pop(kernel_id, None)
 
-    def notify_disconnect(self, kernel_id):
+    def notify_disconnect(self,
+        kernel_id:str, # of a process
+    ):
         "A page has lost its connection."
         super().notify_disconnect(kernel_id)
         if kernel_id in self and not self._kernel_connections.get(kernel_id): self.parted[kernel_id] = time.monotonic()
 
 # %% ../../nbs/5_edges/11_app.ipynb #93b06a66
 @patch
-async def start_kernel(self:Places, **kwargs):
+async def start_kernel(self:Places,
+    **kwargs, # for Jupyter's manager
+)->str: # id of the process
     "Start the process of a visitor. Raises HTTPError 503 where all places are taken."
     await self.find_place()
     self.starting += 1
@@ -197,7 +206,11 @@ async def start_kernel(self:Places, **kwargs):
     return kernel_id
 
 @patch
-async def shutdown_kernel(self:Places, kernel_id, now=True, restart=False):
+async def shutdown_kernel(self:Places,
+    kernel_id:str, # of a process
+    now:bool=True, # without asking it; always so here
+    restart:bool=False, # whether another takes its place
+):
     "End the process of a visitor at once."
     if kernel_id in self.ending: return
     self.ending.add(kernel_id)

@@ -21,4 +21,4 @@ def import_quietly(
         return import_module(module)
 
 # %% ../../nbs/0_ground/06_quiet.ipynb #83afc40a
-import_quietly('fastai.layers', r'`torch\.jit\.script` is deprecated')
+_layers = import_quietly('fastai.layers', r'`torch\.jit\.script` is deprecated')
