@@ -2,7 +2,7 @@
 import http.client, json, os, shutil, signal, socket, subprocess, sys, time, uuid
 from io import BytesIO
 from pathlib import Path
-import pytest
+import psutil, pytest, torch
 from PIL import Image
 import browser as browser_setup
 from browser import advice, find_browser
@@ -13,7 +13,8 @@ ready = 90_000   # ms: the page starts a Python process that loads PyTorch
 
 class Server:
     def __init__(self, folder, *args):
-        self.port, self.log = free_port('127.0.0.1', 0), folder/'log.txt'
+        self.port = free_port('127.0.0.1', 0)
+        self.log = folder/f'log_{self.port}.txt'
         self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'import sys; sys.path.pop(0); from mdm.cli.app import mdm_app; sys.exit(mdm_app(sys.argv[1:]))', *args, '--port', str(self.port)],
             stdout=self.log.open('w'), stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'TMPDIR': str(folder)},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a job in the background (nohup make test &) would hand on that Ctrl-C is ignored
@@ -30,6 +31,11 @@ class Server:
         c.endheaders(body.encode() if body else None)
         r = c.getresponse(); return r.status, r.read(200_000), r
 
+    def kernels(self):
+        "The processes of the visitors; where they are forked, the one that they are copied from is left out."
+        forked = sys.platform == 'linux' and not torch.cuda.is_available()
+        return [o for o in psutil.Process(self.process.pid).children(recursive=True) if not forked or o.ppid() != self.process.pid]
+
     def stop(self, sig=signal.SIGTERM): self.process.send_signal(sig); return self.process.wait(60)
 
 @pytest.fixture(scope='module')
@@ -43,7 +49,10 @@ def folder(tmp_path_factory):
 def server(folder):
     s = Server(folder, 'shapes', '--visitors', '3')
     yield s
+    processes = psutil.Process(s.process.pid).children(recursive=True)
     assert s.stop() == 0
+    assert not psutil.wait_procs(processes, timeout=20)[1], 'the server left processes behind'
+    assert s.log.read_text() == f'mdm_app: {s.url} (Ctrl-C ends it)\n', s.log.read_text()[-5000:]      # after all that these tests ask and send
     assert not list(folder.glob('mdm_app_*')) and not list(folder.glob('voila_*')), 'the server left files behind'
 
 @pytest.fixture(scope='module')
@@ -64,7 +73,7 @@ def opened(browser, url, **kwargs):
     page.on('websocket', lambda w: page.requests.append(w.url))
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
-    page.policy = page.goto(url).headers['content-security-policy']
+    page.policy = page.goto(url, timeout=ready).headers['content-security-policy']
     return page
 
 @pytest.fixture(scope='module')
@@ -74,6 +83,7 @@ def page(server, browser):
     yield page
     page.context.close()
 
+def kernel_of(page): return next(u for u in page.requests if u.startswith('ws') and '/channels' in u).split('/api/kernels/')[1].split('/')[0]
 def press(page, name): page.get_by_role('button', name=name, exact=True).click()
 def picture(page, k=0): return page.locator('.mdm-levels img').nth(k).get_attribute('src')
 def status(page): return page.get_by_role('status').inner_text()
@@ -216,7 +226,7 @@ def test_a_message_cannot_run_code(server, page, folder):
     "What the page's own connection lets through: widgets' messages, not code."
     import websocket
     mark = folder/'ran'
-    kernel = next(u for u in page.requests if u.startswith('ws') and '/channels' in u).split('/api/kernels/')[1].split('/')[0]
+    kernel = kernel_of(page)
     ws = websocket.create_connection(f'ws://127.0.0.1:{server.port}/api/kernels/{kernel}/channels', timeout=20)
     def send(kind, channel='shell', **content):
         id = uuid.uuid4().hex
@@ -234,10 +244,106 @@ def test_a_message_cannot_run_code(server, page, folder):
     with pytest.raises(Exception): websocket.create_connection(f'ws://127.0.0.1:{server.port}/api/kernels/{kernel}/channels', timeout=20, origin='http://evil.example')
     start(page); finish(page)                                          # and the page goes on
 
-def test_visitors_are_bounded(server, page):
-    kept = [http.client.HTTPConnection('127.0.0.1', server.port, timeout=90) for _ in range(3)]
-    for c in kept: c.request('GET', '/')
-    assert 503 in [c.getresponse().status for c in kept]
+def test_wrong_requests_are_answered_shortly(server, page):
+    "Nothing of this may print a traceback; the fixture looks at the log when the server ends."
+    for path in ('/favicon.ico', '/apple-touch-icon.png', '/voila/templates/x', '/voila/templates/lab/notstatic/x', '/voila/static/%00', '/voila/labextensions/x', '/voila/api/themes/%00', '/api/kernels/a-b-c-d-e', '/api/kernels/a-b-c-d-e/channels',
+                 '/%ff', '/%00', '/a%0d%0ab:c', '/login', '/logout', '/' + 'x'*9000, '//', '/voila/query/a-b-c-d-e'):
+        for method in ('GET', 'POST', 'DELETE', 'NONSENSE'):
+            status, body, _ = server.ask(path, method)
+            assert 400 <= status < 500 and len(body) < 200, (method, path, status, body[:300])
+    for raw in (b'garbage\r\n\r\n', b'GET / HTTP/1.1\r\nHost: [::\r\n\r\n', b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 5\r\n\r\nabcde', b'\x16\x03\x01\x02\x00'):
+        with socket.create_connection(('127.0.0.1', server.port)) as c: c.sendall(raw)
+
+def test_wrong_messages_are_dropped(server, page):
+    "Not JSON, no message, no channel; a head that announces 2^64 parts, for which a list would fill the memory."
+    import websocket
+    head = lambda kind: dict(msg_id='a', msg_type=kind, username='', session='x', version='5.3', date='')
+    messages = ['x', '{}', '[]', 'null', '{"channel":"shell"}', json.dumps(dict(header=head('comm_msg'), channel='nowhere')), b'', b'abc', b'\xff'*64, b'\x7f\xff\xff\xff',
+                json.dumps(dict(header=head('comm_msg'), parent_header={}, metadata={}, content={}, channel='shell')), json.dumps(dict(header=head('comm_open'), parent_header={}, metadata={}, content=dict(comm_id='x', target_name='jupyter.widget', data=3), channel='shell'))]
+    for message in messages:
+        for protocol in (None, ['v1.kernel.websocket.jupyter.org']):
+            ws = websocket.create_connection(f'ws://127.0.0.1:{server.port}/api/kernels/{kernel_of(page)}/channels', timeout=20, subprotocols=protocol)
+            ws.send(message) if isinstance(message, str) else ws.send_binary(message)
+            ws.close()
+    assert psutil.Process(server.process.pid).memory_info().rss < 2e9
+    start(page); finish(page)                                          # and the page goes on
+
+# ---- places
+
+def eventually(test, seconds=20):
+    end = time.time() + seconds
+    while not test():
+        assert time.time() < end, 'it did not come about'
+        time.sleep(.1)
+
+def test_a_visitor_is_a_copy(server, page):
+    "Visitors share libraries and weights: what one adds is a fraction of what a process needs by itself (some 700 MB)."
+    start(page); finish(page)
+    if sys.platform != 'linux' or torch.cuda.is_available(): pytest.skip('visitors are not forked here')
+    kernel, = server.kernels()
+    assert kernel.memory_full_info().uss < 250e6
+
+def test_reloading_frees_the_place(server, page, browser):
+    visitor = opened(browser, server.url)
+    visitor.get_by_text('Ready').wait_for(timeout=ready)
+    for _ in range(4):                                                 # three places, one is taken by the other page
+        before = set(server.kernels())
+        visitor.reload(timeout=ready)
+        visitor.get_by_text('Ready').wait_for(timeout=ready)
+        eventually(lambda: len(server.kernels()) == 2)
+        assert len(set(server.kernels()) - before) == 1                # the other visitor keeps theirs
+    start(visitor, Steps='1000')                                       # a run that would take minutes
+    running = set(server.kernels())
+    visitor.reload(timeout=ready)
+    eventually(lambda: len(running & set(server.kernels())) == 1)      # it does not compute on
+    visitor.context.close()
+    eventually(lambda: len(server.kernels()) == 1)
+
+def test_leaving_while_it_loads_frees_the_place(server, page):
+    c = http.client.HTTPConnection('127.0.0.1', server.port, timeout=90)
+    c.request('GET', '/')
+    eventually(lambda: len(server.kernels()) == 2)
+    c.close()
+    eventually(lambda: len(server.kernels()) == 1)
+
+def test_a_process_that_ended_is_told(server, page, browser):
+    before = set(server.kernels())
+    visitor = opened(browser, server.url)
+    visitor.get_by_text('Ready').wait_for(timeout=ready)
+    own, = set(server.kernels()) - before
+    own.kill()
+    visitor.get_by_role('alert').filter(has_text='This page has ended on the server').wait_for()
+    press(visitor, 'Start again')
+    visitor.get_by_text('Ready').wait_for(timeout=ready)
+    visitor.context.close()
+    eventually(lambda: len(server.kernels()) == 1)
+
+def test_who_finds_no_place_waits(server, page, browser):
+    guests = [opened(browser, server.url) for _ in range(2)]
+    late = browser.new_context().new_page()
+    answer = late.goto(server.url, timeout=ready)
+    assert answer.status == 503 and answer.headers['retry-after'] == '3' and "default-src 'self'" in answer.headers['content-security-policy']
+    assert late.get_by_role('status').inner_text() == 'All 3 places are taken. This page waits for a place and opens by itself.'
+    guests[0].context.close()
+    late.get_by_text('Ready').wait_for(timeout=ready)
+    for o in (guests[1], late): o.context.close()
+    eventually(lambda: len(server.kernels()) == 1)
+
+def test_without_anything_to_fork_from(tmp_path):
+    "The process that visitors are copied from was killed: theirs are started in the ordinary way."
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+    from jupyter_client.manager import AsyncKernelManager
+    from mdm.widgets.forks import fork_provisioner
+    class Ended:
+        def start(self, *args): raise BrokenPipeError
+    async def start_one():
+        km = AsyncKernelManager(kernel_name='python3', connection_file=str(tmp_path/'kernel.json'))
+        km.provisioner = fork_provisioner(Ended())(kernel_id='1', kernel_spec=km.kernel_spec, parent=km)
+        await km.start_kernel()
+        assert await km.is_alive() and isinstance(km.provisioner.process, subprocess.Popen)
+        await km.shutdown_kernel(now=True)
+    ThreadPoolExecutor().submit(asyncio.run, start_one()).result()     # Playwright's loop runs in this thread
 
 def test_first_screen_without_a_checkpoint(folder, browser):
     s = Server(folder)
@@ -258,6 +364,9 @@ def test_what_the_command_says(capsys, monkeypatch, tmp_path):
     for flag, v in (('--port', '99999'), ('--port', '-1'), ('--visitors', '0')): assert mdm_app([flag, v]) == 2 and f'{flag}: ' in capsys.readouterr().err
     (tmp_path/'notes.txt').write_text('a cat')
     assert mdm_app([str(tmp_path/'notes.txt')]) == 2 and 'notes.txt is no model' in capsys.readouterr().err
+    for flag in ('--recipe', '--device'): assert mdm_app(['--port', '0', flag, 'nonsense']) == 2 and 'nonsense' in capsys.readouterr().err
+    (tmp_path/'weights.pth').write_bytes(b'PK')
+    assert mdm_app(['--port', '0', str(tmp_path/'weights.pth')]) == 2 and 'Name its recipe' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'voila.app', None)
     assert mdm_app(['--port', '0']) == 2 and "pip install 'matryoshka-diffusion[app]'" in capsys.readouterr().err
 

@@ -141,3 +141,10 @@ def test_the_benchmark_of_the_loader_runs():
     assert done.returncode == 0, done.stderr[-2000:]
     head, row = done.stdout.splitlines()
     assert head.split()[:4] == ['pictures', 'side', 'ours/s', '/plain'] and row.split()[:4] == ['96', 'x', '64', '16']
+
+# ---- start-up and visitors
+
+def test_the_benchmark_of_visitors_runs():
+    done = run_script('visitors.py', '--rehearse')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [o.split(':')[0].split(' ')[0] for o in done.stdout.splitlines()] == ['import', 'forked']

@@ -4,16 +4,50 @@
 
 # %% auto #0
 __all__ = ['page_template', 'page_notebook', 'kernel_spec', 'write_page', 'checkpoint_place', 'named_checkpoints', 'is_local',
-           'free_port', 'bounded_kernel_manager', 'server_config', 'page_server', 'mdm_app']
+           'free_port', 'Places', 'places_manager', 'server_config', 'waiting_page', 'plain_error', 'page_handler',
+           'parts_fit', 'socket_handler', 'tamed', 'page_server', 'mdm_app']
 
 # %% ../../nbs/5_edges/11_app.ipynb #d941297c
-import argparse, json, logging, os, socket, sys, tempfile
-from functools import partial
+import argparse, json, logging, os, socket, sys, tempfile, time
+from contextvars import ContextVar
 from importlib.resources import files
 from pathlib import Path
-from .command import at_least, make_parser, run_command, say
+from fastcore.basics import patch
+from .command import at_least, check_device, make_parser, run_command, say
 
 # %% ../../nbs/5_edges/11_app.ipynb #6949e440
+_page_script = """
+const place = () => JSON.parse((document.getElementById('jupyter-config-data') || {}).textContent || 'null');
+addEventListener('pagehide', () => {
+  if (!place()) return;
+  const form = new FormData();
+  form.append('_xsrf', (document.cookie.match('\\\\b_xsrf=([^;]*)\\\\b') || [])[1] || '');
+  navigator.sendBeacon(place().baseUrl + 'voila/api/shutdown/' + place().kernelId, form);
+});
+addEventListener('pageshow', e => e.persisted && location.reload());
+function tell(text, button) {
+  let bar = document.getElementById('mdm-ended');
+  if (bar) bar.remove();
+  if (!text) return;
+  bar = Object.assign(document.createElement('div'), {id: 'mdm-ended', role: 'alert', textContent: text + ' '});
+  if (button) bar.append(Object.assign(document.createElement('button'), {textContent: button, onclick: () => location.reload()}));
+  document.body.append(bar);
+}
+async function check() {
+  try {
+    const there = await fetch(place().baseUrl + 'api/kernels/' + place().kernelId, {cache: 'no-store'});
+    if (there.status == 404) return tell('This page has ended on the server. What it shows can still be saved.', 'Start again');
+    tell('');
+  } catch { tell('The server cannot be reached; trying again.'); }
+  setTimeout(check, 3000);
+}
+addEventListener('load', () => setTimeout(check, 3000));
+"""
+_ended_style = """#mdm-ended { position: fixed; bottom: 0; left: 0; right: 0; z-index: 10; padding: 12px; text-align: center;
+  font: 15px/1.4 system-ui, sans-serif; background: #8a1c1c; color: #fff; }
+#mdm-ended button { font: inherit; padding: 2px 12px; margin-left: 8px; }"""
+
+# %% ../../nbs/5_edges/11_app.ipynb #0a8a0cc8
 _page_template = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {% import "spinner.macro.html.j2" as spinner %}
 {%- block notebook_css -%}
@@ -21,13 +55,14 @@ _page_template = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {{ spinner.css() }}
 {{ super.super() }}
 <style>PAGE_STYLE</style>
+<script>PAGE_SCRIPT</script>
 {%- endblock notebook_css -%}
 """
 
 def page_template()->str: # a Jinja template
     "The page around the notebook's outputs: Voila's, without what it fetches from elsewhere."
     style = (files('mdm')/'widgets'/'page.css').read_text(encoding='utf-8')
-    return _page_template.replace('PAGE_STYLE', style)
+    return _page_template.replace('PAGE_STYLE', style + _ended_style).replace('PAGE_SCRIPT', _page_script)
 
 # %% ../../nbs/5_edges/11_app.ipynb #87236c3b
 def page_notebook(
@@ -43,10 +78,12 @@ def page_notebook(
     kernel = dict(name='mdm', display_name='mdm', language='python')
     return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=[title, sampler])
 
-def kernel_spec()->dict: # as `kernel.json` has it
+def kernel_spec(
+    debug:bool=False, # print the errors of a process; they may be a visitor's doing
+)->dict: # as `kernel.json` has it
     "How the Python process of a visitor is started."
     argv = [sys.executable, '-W', 'ignore::FutureWarning', '-m', 'ipykernel_launcher', '-f', '{connection_file}',
-            '--HistoryManager.enabled=False', '--log-level=ERROR']
+            '--HistoryManager.enabled=False', f'--log-level={"ERROR" if debug else "CRITICAL"}']
     return dict(argv=argv, display_name='mdm', language='python')
 
 # %% ../../nbs/5_edges/11_app.ipynb #00e14453
@@ -55,10 +92,11 @@ def write_page(
     checkpoints:dict[str, str], # name -> path
     recipe:str|None=None, # of .pth files
     device:str|None=None, # where to compute
+    debug:bool=False, # see `kernel_spec`
 )->Path: # the notebook
     "Write the folder that Voila serves."
     contents = {'page/Matryoshka Diffusion.ipynb': json.dumps(page_notebook(checkpoints, recipe, device)),
-                'jupyter/kernels/mdm/kernel.json': json.dumps(kernel_spec()),
+                'jupyter/kernels/mdm/kernel.json': json.dumps(kernel_spec(debug)),
                 'jupyter/voila/templates/mdm/conf.json': json.dumps(dict(base_template='lab')),
                 'jupyter/voila/templates/mdm/index.html.j2': page_template()}
     for name, text in contents.items():
@@ -70,22 +108,25 @@ def write_page(
 # %% ../../nbs/5_edges/11_app.ipynb #9f2607d8
 def checkpoint_place(
     path:str, # as typed on the command line
+    recipe:str|None=None, # of .pth files
 )->str: # the full path, or the name of the bundled model
-    "Where a checkpoint is. Raises ValueError for a file that is no model, and what `find_checkpoint` raises."
-    from mdm.checkpoint import find_checkpoint
+    "Where a checkpoint is. Raises ValueError for a file that is no model, and what `find_checkpoint` and `recipe_for` raise."
+    from mdm.checkpoint import find_checkpoint, recipe_for
     from mdm.utils.files import bundled
     if Path(path).is_file():
         with open(path, 'rb') as f: head = f.read(2)
         if head != b'PK' and head[:1] != b'\x80':                  # a zip file, or a pickle of before torch 1.6
             raise ValueError(f'{path} is no model: name the output folder of mdm_train, a checkpoint, or a released .pth file')
+        recipe_for(path, recipe)                                   # one that nobody can open is refused now
     elif bundled in find_checkpoint(path).parents: return path
     return str(Path(path).resolve())
 
 def named_checkpoints(
     paths:list[str], # as typed on the command line
+    recipe:str|None=None, # of .pth files
 )->dict[str, str]: # name on the page -> full path; raises as `checkpoint_place` does
     "Name checkpoints by their last part, where that is unique, else by what was typed."
-    places = {p: checkpoint_place(p) for p in paths}
+    places = {p: checkpoint_place(p, recipe) for p in paths}
     short = {p: Path(place).name for p, place in places.items()}
     unique = [name for name in short.values() if list(short.values()).count(name) == 1]
     return {short[p] if short[p] in unique else p: place for p, place in places.items()}
@@ -112,23 +153,110 @@ def free_port(
         return s.getsockname()[1]
 
 # %% ../../nbs/5_edges/11_app.ipynb #324a5630
-def bounded_kernel_manager(
-    visitors:int, # how many at a time
-)->type: # a class for `multi_kernel_manager_class`
-    "A manager of Python processes that refuses to start more than `visitors`."
-    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-    from tornado.web import HTTPError
-    class BoundedKernelManager(AsyncMappingKernelManager):
-        starting = 0                                              # processes that are not in the list yet
-        async def start_kernel(self, **kwargs):
-            if len(self) + self.starting >= visitors:
-                raise HTTPError(503, reason='All places are taken. Please come back later')
-            self.starting += 1
-            try: return await super().start_kernel(**kwargs)
-            finally: self.starting -= 1
-    return BoundedKernelManager
+_visit = ContextVar('the request that a process is started for', default=None)
+
+class Places:
+    "A manager of kernels, one for each visitor; `places_manager` puts it in front of Jupyter's."
+    visitors, forks = 4, None                                     # how many; what to fork from
+    connect_within, return_within, patience = 120, 60, 2          # seconds
+    starting, tending = 0, None                                   # processes that are not in the list yet; the timer
+
+    def pre_start_kernel(self,
+        kernel_name:str|None, # of the kernel specification
+        kwargs:dict, # of `start_kernel`
+    )->tuple: # the kernel's manager, its name and its id
+        "Give a kernel its way of being started."
+        km, *more = super().pre_start_kernel(kernel_name, kwargs)
+        if self.forks:
+            from mdm.widgets.forks import fork_provisioner
+            km.provisioner = fork_provisioner(self.forks)(kernel_id=more[1], kernel_spec=km.kernel_spec, parent=km)
+        return km, *more
+
+    def notify_connect(self,
+        kernel_id:str, # of a process
+    ):
+        "A page has connected."
+        super().notify_connect(kernel_id)
+        self.loading.pop(kernel_id, None)
+        self.parted.pop(kernel_id, None)
+
+    def notify_disconnect(self,
+        kernel_id:str, # of a process
+    ):
+        "A page has lost its connection."
+        super().notify_disconnect(kernel_id)
+        if kernel_id in self and not self._kernel_connections.get(kernel_id): self.parted[kernel_id] = time.monotonic()
+
+# %% ../../nbs/5_edges/11_app.ipynb #93b06a66
+@patch
+async def start_kernel(self:Places,
+    **kwargs, # for Jupyter's manager
+)->str: # id of the process
+    "Start the process of a visitor. Raises HTTPError 503 where all places are taken."
+    await self.find_place()
+    self.starting += 1
+    try: kernel_id = await super(Places, self).start_kernel(**kwargs)
+    finally: self.starting -= 1
+    self.loading[kernel_id] = time.monotonic()
+    if self.tending is None:
+        from tornado.ioloop import PeriodicCallback
+        self.tending = PeriodicCallback(self.tend, 2000)
+        self.tending.start()
+    if page := _visit.get(): await page.has_kernel(kernel_id)
+    return kernel_id
+
+@patch
+async def shutdown_kernel(self:Places,
+    kernel_id:str, # of a process
+    now:bool=True, # without asking it; always so here
+    restart:bool=False, # whether another takes its place
+):
+    "End the process of a visitor at once."
+    if kernel_id in self.ending: return
+    self.ending.add(kernel_id)
+    self.loading.pop(kernel_id, None)
+    self.parted.pop(kernel_id, None)
+    try: await super(Places, self).shutdown_kernel(kernel_id, now=True, restart=restart)
+    finally: self.ending.discard(kernel_id)
 
 # %% ../../nbs/5_edges/11_app.ipynb #65766ffd
+@patch
+async def find_place(self:Places):
+    "Wait shortly for a place; a process whose page has gone makes one. Raises HTTPError 503."
+    import asyncio
+    from tornado.web import HTTPError
+    end = time.monotonic() + self.patience
+    while len(self) + self.starting >= self.visitors:
+        await self.tend(return_within=.5)
+        if len(self) + self.starting < self.visitors: return
+        if time.monotonic() > end: raise HTTPError(503, 'All places are taken')
+        await asyncio.sleep(.1)
+
+@patch
+async def tend(self:Places,
+    return_within:float|None=None, # seconds; None: as set
+):
+    "End the processes whose visitor has gone, and drop those that have died."
+    now, away = time.monotonic(), self.return_within if return_within is None else return_within
+    for kernel_id in self.list_kernel_ids():
+        if kernel_id in self.ending: continue
+        gone = now - self.loading.get(kernel_id, now) > self.connect_within or now - self.parted.get(kernel_id, now) > away
+        if gone or not await self.is_alive(kernel_id):
+            if kernel_id in self: await self.shutdown_kernel(kernel_id)
+
+def places_manager(
+    visitors:int, # how many at a time
+    forks=None, # a `Forks`; None: start ordinary processes
+)->type: # a class for `multi_kernel_manager_class`
+    "Make the manager of the visitors' processes."
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    class Visitors(Places, AsyncMappingKernelManager):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.visitors, self.forks, self.loading, self.parted, self.ending = visitors, forks, {}, {}, set()
+    return Visitors
+
+# %% ../../nbs/5_edges/11_app.ipynb #517fa999
 _policy = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: data: blob:; "
            "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'self'")
 _headers = {'Content-Security-Policy': _policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'}
@@ -137,6 +265,7 @@ def server_config(
     host:str, # address to listen on
     port:int, # port to listen on
     visitors:int, # how many at a time
+    forks=None, # a `Forks`; None: start ordinary processes
 )->dict: # settings of Voila and of the servers below it
     "What the page may do."
     tornado = dict(allow_remote_access=not is_local(host), local_hostnames=['localhost', host],
@@ -145,11 +274,113 @@ def server_config(
     widgets = ['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8']
     page = dict(template='mdm', strip_sources=True, show_tracebacks=False, file_allowlist=[], extension_allowlist=widgets,
                 allow_template_override='NO', allow_theme_override='NO',
-                multi_kernel_manager_class=bounded_kernel_manager(visitors))
-    kernels = dict(cull_idle_timeout=900, cull_interval=60, cull_connected=False, buffer_offline_messages=False)
-    return dict(Voila=server, VoilaConfiguration=page, MappingKernelManager=kernels)
+                multi_kernel_manager_class=places_manager(visitors, forks))
+    return dict(Voila=server, VoilaConfiguration=page, MappingKernelManager=dict(buffer_offline_messages=False),
+                KernelManager=dict(autorestart=False))             # a new process would know nothing of the page
 
 # %% ../../nbs/5_edges/11_app.ipynb #f7fac31d
+_waiting_page = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="3">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<title>Matryoshka Diffusion</title><style>:root { color-scheme: light dark } h1 { font-size: 24px }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 34em; margin: 20vh auto; padding: 0 20px }</style></head>
+<body><h1>Matryoshka Diffusion</h1><p role="status">TAKEN This page waits for a place and opens by itself.</p></body></html>
+"""
+
+def waiting_page(
+    visitors:int, # places in all
+)->str: # HTML
+    "What a visitor sees while all places are taken."
+    taken = 'The only place is taken.' if visitors == 1 else f'All {visitors} places are taken.'
+    return _waiting_page.replace('TAKEN', taken)
+
+def plain_error(
+    handler, # a tornado handler
+    status:int, # HTTP's
+):
+    "Answer with one line of text; Jupyter's error pages need files that are not here."
+    handler.set_header('Content-Type', 'text/plain; charset=utf-8')
+    handler.finish(f'{status} {handler._reason}')
+
+# %% ../../nbs/5_edges/11_app.ipynb #4eec25d6
+def page_handler()->type: # a tornado handler; needs Voila
+    "The handler of the page itself."
+    from tornado.web import HTTPError
+    from voila.tornado.handler import TornadoVoilaHandler
+    class PageHandler(TornadoVoilaHandler):
+        kernel_id, gone, whole = None, False, False
+        async def get(self, path=None):
+            if path: raise HTTPError(404)                          # there is one page
+            self.xsrf_token                                        # sets the cookie
+            _visit.set(self)
+            async for html in self.get_generator(path=path):
+                if self.gone: return
+                self.write(html)
+                self.flush()
+            self.whole = True
+        async def has_kernel(self, kernel_id):
+            self.kernel_id = kernel_id
+            if self.gone: await self.leave()
+        async def leave(self):
+            if self.kernel_id in self.kernel_manager: await self.kernel_manager.shutdown_kernel(self.kernel_id)
+        def on_connection_close(self):
+            from tornado.ioloop import IOLoop
+            self.gone = True
+            if self.kernel_id and not self.whole: IOLoop.current().add_callback(self.leave)
+        def write_error(self, status_code, **kwargs):
+            if status_code != 503: return plain_error(self, status_code)
+            self.set_header('Retry-After', '3')
+            self.set_header('Cache-Control', 'no-store')
+            self.finish(waiting_page(self.kernel_manager.visitors))
+    return PageHandler
+
+# %% ../../nbs/5_edges/11_app.ipynb #9e963c89
+def parts_fit(
+    message:bytes, # from a browser
+    v1:bool, # in the protocol v1.kernel.websocket.jupyter.org, else in the one before
+)->bool: # whether as many parts as it announces can be in it
+    "Test a binary message before it is taken apart."
+    count, width = (int.from_bytes(message[:8], 'little'), 8) if v1 else (int.from_bytes(message[:4], 'big'), 4)
+    return count < len(message)//width
+
+def socket_handler()->type: # a tornado handler; needs Voila
+    "The handler of a page's connection to its process."
+    from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
+    class SocketHandler(VoilaKernelWebsocketHandler):
+        def on_message(self, message):
+            v1 = bool(self.selected_subprotocol)
+            if isinstance(message, bytes) and not parts_fit(message, v1): return self.close(1007, 'not a message')
+            super().on_message(message)
+    return SocketHandler
+
+# %% ../../nbs/5_edges/11_app.ipynb #f2765c5d
+_log = logging.getLogger('mdm.app')
+
+def tamed(
+    handler:type, # a tornado handler
+)->type: # one that never prints a traceback
+    "Let a handler answer an error with one line."
+    class Tamed(handler):
+        def log_exception(self, kind, error, trace):
+            _log.debug('%s', self.request, exc_info=(kind, error, trace))
+        def send_error(self, status_code=500, **kwargs):
+            super().send_error(404 if status_code == 500 else status_code, **kwargs)
+        def write_error(self, status_code, **kwargs): plain_error(self, status_code)
+    return Tamed
+
+def _not_killed(record): # a log record
+    "Leave out the complaints about a process that was ended while its page was still loading."
+    error = record.exc_info[1] if record.exc_info else None
+    return 'kernel died' not in str(error).lower()
+
+def _quiet_logs(debug):
+    "Print what concerns the server's owner: no line for each wrong request, no traceback for a visitor who left."
+    logging.getLogger('mdm.app').setLevel(logging.DEBUG if debug else logging.ERROR)
+    if debug: logging.basicConfig(level=logging.DEBUG)
+    for name in ('tornado.general', 'tornado.access', 'tornado.application'):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+    for name in ('asyncio', 'traitlets'): logging.getLogger(name).addFilter(_not_killed)
+
+# %% ../../nbs/5_edges/11_app.ipynb #c74516c0
 def page_server(
     config:dict, # of `server_config`
 ): # a `Voila` that is not started yet; raises ImportError where Voila is missing
@@ -157,13 +388,24 @@ def page_server(
     try:
         from traitlets.config import Config
         from voila.app import Voila
+        from voila.tornado.handler import TornadoVoilaHandler
+        from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
     except ImportError as e:
         raise ImportError(f"the page is served by Voila, which cannot be imported here ({e}): "
                           "pip install 'matryoshka-diffusion[app]'") from None
     class PageServer(Voila):
         def load_config_file(self, *args, **kwargs): pass
+        def init_handlers(self):
+            ours = {TornadoVoilaHandler: page_handler(), VoilaKernelWebsocketHandler: tamed(socket_handler())}
+            choose = lambda handler: ours.get(handler) or tamed(handler)
+            return [(pattern, choose(handler), *more) for pattern, handler, *more in super().init_handlers()]
         def listen(self):
-            self.app.listen = partial(self.app.listen, max_body_size=2**20)
+            listen = self.app.listen
+            def announced(*args, **kwargs):
+                server = listen(*args, max_body_size=2**20, **kwargs)
+                print(f'mdm_app: http://{self.ip}:{self.port}/ (Ctrl-C ends it)', flush=True)
+                return server
+            self.app.listen = announced
             super().listen()
     return PageServer(config=Config(config))
 
@@ -171,29 +413,46 @@ def _serve_page(
     folder:str|Path, # of `write_page`
     notebook:Path, # in it
     config:dict, # of `server_config`
+    debug:bool=False, # show what happens
 ):
     "Serve the page until Ctrl-C or SIGTERM. Raises ImportError where Voila is missing."
     search = str(Path(folder)/'jupyter'), os.environ.get('JUPYTER_PATH')
     os.environ['JUPYTER_PATH'] = os.pathsep.join(o for o in search if o)
     server = page_server(config)
-    logging.getLogger('tornado.general').setLevel(logging.ERROR)     # it warns of every visitor's connection
+    _quiet_logs(debug)
     server.initialize([str(notebook)])
-    print(f"mdm_app: http://{config['Voila']['ip']}:{config['Voila']['port']}/ (Ctrl-C ends it)", flush=True)
     server.start()
 
 # %% ../../nbs/5_edges/11_app.ipynb #2fff5b50
+def _check_args(args):
+    "The checkpoints by name, and the recipe. Raises for what cannot be opened or computed with."
+    from mdm.recipe import load_recipe
+    recipe = str(Path(args.recipe).resolve()) if args.recipe and Path(args.recipe).exists() else args.recipe
+    if recipe: load_recipe(recipe)
+    if args.device: check_device(args.device)
+    return named_checkpoints(args.checkpoints, recipe), recipe
+
+def _start_forks(args, checkpoints, recipe):
+    "The process that visitors are forked from, or None."
+    from mdm.widgets.forks import start_forks
+    return start_forks(list(checkpoints.values()) or ['shapes'], recipe, args.device)
+
 def _app_command(
     args:argparse.Namespace, # of `mdm_app`
 ):
     "Write the page into a temporary folder, serve it, and remove it."
-    checkpoints = named_checkpoints(args.checkpoints)
-    recipe = str(Path(args.recipe).resolve()) if args.recipe and Path(args.recipe).exists() else args.recipe
     port = free_port(args.host, args.port)
+    if 'numpy' not in sys.modules: os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+    checkpoints, recipe = _check_args(args)
     if not is_local(args.host):
         say(f'mdm_app: everybody who can reach {args.host} can use this page; it asks for no password')
-    with tempfile.TemporaryDirectory(prefix='mdm_app_') as folder:
-        notebook = write_page(folder, checkpoints, recipe, args.device)
-        _serve_page(folder, notebook, server_config(args.host, port, args.visitors))
+    forks = _start_forks(args, checkpoints, recipe)
+    try:
+        with tempfile.TemporaryDirectory(prefix='mdm_app_') as folder:
+            notebook = write_page(folder, checkpoints, recipe, args.device, args.debug)
+            _serve_page(folder, notebook, server_config(args.host, port, args.visitors, forks), args.debug)
+    finally:
+        if forks: forks.close()
 
 # %% ../../nbs/5_edges/11_app.ipynb #731bce8d
 def mdm_app(
@@ -202,7 +461,7 @@ def mdm_app(
     "The command that serves the page."
     parser = make_parser('mdm_app',
         'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a '
-        'Python process of their own, with the model in it.',
+        'Python process of their own.',
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     add = parser.add_argument
     add('checkpoints', metavar='CHECKPOINT', nargs='*',
@@ -213,7 +472,10 @@ def mdm_app(
         help='address to listen on; 0.0.0.0 is all of them: everybody who reaches this machine may then use the page '
              '(%(default)s)')
     add('--visitors', metavar='N', type=at_least(1), default=4,
-        help='how many at a time; each needs the memory of the model (%(default)s)')
+        help='how many at a time; on a GPU, and anywhere but on Linux, each needs the memory of the model (%(default)s)')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes .pth files (the YAML file next to each)')
     add('--device', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     return run_command(parser, _app_command, argv)
+
+# %% ../../nbs/5_edges/11_app.ipynb #8d6d209c
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_app())            # not in this notebook

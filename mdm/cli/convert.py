@@ -43,3 +43,6 @@ def mdm_convert(
     add('dst', metavar='DST', help='a folder, or a file that ends in .pth')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
     return run_command(parser, _convert_command, argv)
+
+# %% ../../nbs/5_edges/08_convert.ipynb #31168275
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_convert())            # not in this notebook

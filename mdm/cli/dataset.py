@@ -273,3 +273,6 @@ def _download(args):
                               'Run the same command again to try these again')
     print(f"{done['fetched']:,} files copied into {args.output}, {done['already']:,} were there; {done['bytes']/1e6:,.1f} MB in "
           f"{time.perf_counter() - args.start:.1f} s. Now try: mdm_dataset inspect {_tars_in(args.output)}")
+
+# %% ../../nbs/5_edges/05_dataset.ipynb #3c4d09e4
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_dataset())            # not in this notebook

@@ -115,3 +115,6 @@ def mdm_demo(
     add('--steps', type=at_least(1), help="optimizer steps (the recipe's)")
     add('--seed', type=at_least(0, 2**62), default=0, help='of pictures, weights, noise and captions (%(default)s)')
     return run_command(parser, _demo_command, argv)
+
+# %% ../../nbs/5_edges/09_demo.ipynb #fe01ce2a
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_demo())            # not in this notebook

@@ -167,3 +167,6 @@ def mdm_evaluate(
         help='captions whose pictures go into the HTML file, at most (%(default)s)')
     add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, _evaluate_command, argv)
+
+# %% ../../nbs/5_edges/10_evaluate.ipynb #94d2f2aa
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_evaluate())            # not in this notebook

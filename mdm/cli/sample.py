@@ -200,3 +200,6 @@ def mdm_sample(
              'or a .png file for the sheet alone, which is replaced (%(default)s)')
     add_sampling_flags(parser)
     return run_command(parser, _sample_command, argv)
+
+# %% ../../nbs/5_edges/07_sample.ipynb #5e8ff9bf
+if __name__ == '__main__' and __package__: raise SystemExit(mdm_sample())            # not in this notebook

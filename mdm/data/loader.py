@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['end_with_parent', 'PictureLoader', 'create_loader', 'create_dls']
 
+# %% ../../nbs/2_data/05_loader.ipynb #60f02595
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/2_data/05_loader.ipynb #46ff7553
 import math, multiprocessing, os, threading, time, warnings, zlib
 from collections import Counter, deque

@@ -8,6 +8,9 @@ __all__ = ['callback_order', 'joined_batch', 'CaptionDropout', 'TextEncoding', '
            'MovingAverage', 'random_bits', 'lerp_bfloat16', 'power_exponent', 'PowerAverages', 'Every', 'memory_used',
            'StepLog', 'shows_bars', 'forked_noise', 'Previews']
 
+# %% ../../nbs/3_training/05_callbacks.ipynb #78419728
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/05_callbacks.ipynb #19ad0015
 import math, os, random, sys, time, warnings
 from contextlib import AbstractContextManager

@@ -6,6 +6,9 @@
 __all__ = ['draw_starts', 'two_step', 'Teacher', 'Points', 'DistillLoss', 'Distilling', 'load_teacher', 'distill_learner',
            'plain_start', 'named_recipe', 'distill_recipe', 'distill_training']
 
+# %% ../../nbs/3_training/11_distill.ipynb #a7924fe9
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/11_distill.ipynb #45ffcc61
 from dataclasses import asdict
 from pathlib import Path

@@ -7,6 +7,9 @@ __all__ = ['distributed_setup', 'distributed_end', 'is_distributed', 'peer_error
            'barrier', 'gather_objects', 'broadcast_object', 'mean_over_ranks', 'rank_seed', 'flat_dict', 'check_same',
            'weight_sums', 'RankLoader', 'DistributedTrainer']
 
+# %% ../../nbs/3_training/07_distributed.ipynb #e19d383b
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/07_distributed.ipynb #feb60599
 import atexit, os, re
 from contextlib import contextmanager

@@ -7,6 +7,9 @@ __all__ = ['tuned_networks', 'tune', 'build_model', 'grown_networks', 'LRSchedul
            'training_callbacks', 'mdm_learner', 'LogRows', 'tensorboard_log', 'wandb_log', 'logger_callbacks',
            'output_callbacks']
 
+# %% ../../nbs/3_training/09_learner.ipynb #d834e3c8
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/09_learner.ipynb #31d62f28
 import itertools, math
 from collections.abc import Callable

@@ -6,6 +6,9 @@
 __all__ = ['best_quintic', 'best_quintics', 'fast_dtype', 'orthogonalize', 'Muon', 'share_out', 'byte_levels', 'to_bytes',
            'from_bytes', 'AdamW8bit', 'optimizer_of', 'cosine_between', 'lr_factor']
 
+# %% ../../nbs/3_training/06_optimizers.ipynb #5a199e80
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/06_optimizers.ipynb #00107830
 import math
 from collections import defaultdict

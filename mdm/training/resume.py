@@ -7,6 +7,9 @@ __all__ = ['free_to_change', 'pack', 'unpack', 'random_state', 'set_random_state
            'load_training', 'remove_folder', 'step_folders', 'newest_checkpoint', 'Checkpoints', 'Snapshots',
            'differences', 'truncate_log', 'Stop']
 
+# %% ../../nbs/3_training/08_resume.ipynb #c6eddc0c
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/08_resume.ipynb #272b944c
 import os, random, shutil, signal, threading, time, warnings
 from contextlib import contextmanager

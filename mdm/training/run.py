@@ -7,6 +7,9 @@ __all__ = ['earlier_run', 'remove_earlier_run', 'resume_point', 'remove_unfinish
            'build_learner', 'prepare_training', 'log_validation', 'train_steps', 'closing_line', 'Terminated',
            'report_training', 'run_training', 'encoder_width', 'random_data', 'dry_run', 'stage_recipes']
 
+# %% ../../nbs/3_training/10_run.ipynb #115e0b50
+import mdm.utils.quiet                 # before fastai, see there
+
 # %% ../../nbs/3_training/10_run.ipynb #3f9f260d
 import csv, re, shlex, shutil, sys, time, warnings
 from collections.abc import Callable
