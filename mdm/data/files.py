@@ -26,6 +26,7 @@ from braceexpand import braceexpand
 from fastcore.basics import patch
 from fsspec.utils import glob_translate
 from tqdm import tqdm
+from ..utils.files import stays_inside
 from ..utils.plugins import load_formats
 
 # %% ../../nbs/2_data/02_files.ipynb #b95ba00c
@@ -628,7 +629,7 @@ class _Targets(dict):
     "Name of each copy, relative to the folder -> (address, `FileInfo` or None)."
     def put(self, name, path, info=None):
         "Add a copy and those that it refers to. Raises `ValueError` for a name outside the folder, or a taken one."
-        if name.startswith('..') or os.path.isabs(name) or '://' in name:
+        if not stays_inside(name) or '://' in name:
             raise ValueError(f'{redact(path)} would be copied to {redact(name)!r}, outside the folder')
         known = self.get(name)
         if known and known[0] != path:

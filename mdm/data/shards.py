@@ -21,7 +21,7 @@ from .configs import FolderConfig, ShardsConfig
 from .files import CAPTION_COLUMNS, MANIFEST, pick_column, read_manifest, read_table
 from .samples import BAD_PICTURE, Skip, get_caption, load_picture
 from ..utils.configs import changed
-from ..utils.files import atomic_write, only_writer
+from ..utils.files import atomic_write, only_writer, stays_inside
 from ..utils.pictures import to_rgb
 
 # %% ../../nbs/2_data/07_shards.ipynb #b5335ec8
@@ -37,10 +37,11 @@ def add_sample(
     tar:tarfile.TarFile, # a tar that is being written
     sample:dict, # `__key__`, and bytes by extension
 ):
-    "Write the files of one sample into a tar."
+    "Write the files of one sample into a tar. Raises `ValueError` for a name that leaves the folder."
     for ext, data in sample.items():
         if ext.startswith('__'): continue
         info = tarfile.TarInfo(f"{sample['__key__']}.{ext}")
+        if not stays_inside(info.name): raise ValueError(f'{info.name!r} would be unpacked outside of its folder')
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
