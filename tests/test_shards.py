@@ -388,7 +388,7 @@ def test_names_that_leave_the_folder_are_not_passed_on(tmp_path, many):
     with tarfile.open(tmp_path/'hostile.tar', 'w') as out:
         with tarfile.open(next((tmp_path/'all').glob('*.tar'))) as tar:
             members = [(m, tar.extractfile(m).read()) for m in tar]
-        picture, text = (next(data for m, data in members if m.name.endswith(end)) for end in ('png', 'txt'))
+        picture, text = (next(data for m, data in members if m.name.endswith(end)) for end in (('png', 'jpg'), 'txt'))
         for name in outside:
             for file, data in ((name, picture), (os.path.splitext(name)[0] + '.txt', text)):
                 info = tarfile.TarInfo(file); info.size = len(data)
