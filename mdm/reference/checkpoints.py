@@ -368,7 +368,11 @@ def save_released(
     weights = {k: v.detach().cpu() for k, v in state_dict.items()}
     losses = dict(loss=0., best_avg_loss=math.inf, exp_avg_loss=0., exp_avg_loss_var=0.)
     content = dict(state_dict=weights, batch_num=step, **losses, args=argparse.Namespace(**(args or {})))
-    with atomic_write(path) as f: torch.save(content, f)
+    with atomic_write(path) as f:
+        try: torch.save(content, f)
+        except RuntimeError as e:                            # of PyTorch's writer, on top of what the file raised
+            cause = e.__context__ if isinstance(e.__context__, OSError) else str(e).splitlines()[0]
+            raise OSError(f'{path} could not be written: {cause}') from None
     return path
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #f957b0cf
@@ -379,7 +383,7 @@ def _folder_to_file(folder, path):
     settings = to_reference(checkpoint.recipe)
     save_released(path, checkpoint.weights(), checkpoint.step, settings)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    path.with_suffix('.yaml').write_text(text, encoding='utf-8')
+    with atomic_write(path.with_suffix('.yaml')) as f: f.write(text.encode())
     return path
 
 def _file_to_folder(path, folder, recipe):
