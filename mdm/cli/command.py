@@ -217,9 +217,11 @@ def explain_error(
 # %% ../../nbs/5_edges/04_command.ipynb #8c55b4d7
 def tell_error(
     text:str, # for the user
+    patience:float=10., # seconds that other processes than the first one wait
 ):
-    "Print how a command failed, in the first of several processes, and leave it where a launcher looks for the reason."
-    if is_main(): print(text, file=sys.stderr, flush=True)
+    "Print how a command failed, once for several processes, and leave it where a launcher looks for the reason."
+    if not is_main(): time.sleep(patience)
+    print(text, file=sys.stderr, flush=True)
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file: return
     report = {'message': {'message': text, 'extraInfo': {'timestamp': str(int(time.time()))}}}
