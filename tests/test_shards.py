@@ -238,7 +238,7 @@ def test_tables_that_are_none(tmp_path, name, text, what):
 
 # ---- interruptions
 
-for bar in (tqdm, S.tqdm): bar.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
+tqdm.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
 
 def killed(work, after):
     "Do some work in a process of its own that is killed when `after()` says so; was it?"
@@ -527,7 +527,6 @@ def test_a_log_file_gets_no_progress_bar(tmp_path, monkeypatch, file, shown):
     "A bar on a terminal; where the errors go into a file, nothing"
     put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG'))
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    monkeypatch.setattr(S, 'tqdm', tqdm)
     monkeypatch.setattr(sys, 'stderr', err := file())
     write_folder(tmp_path/'in', tmp_path/'out', bar=True)
     assert ('pictures' in err.getvalue()) == shown

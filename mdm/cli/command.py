@@ -217,7 +217,7 @@ def explain_error(
 # %% ../../nbs/5_edges/04_command.ipynb #8c55b4d7
 def tell_error(
     text:str, # for the user
-    patience:float=10., # seconds that other processes than the first one wait
+    patience:float=30., # seconds that other processes than the first one wait
 ):
     "Print how a command failed, once for several processes, and leave it where a launcher looks for the reason."
     if not is_main(): time.sleep(patience)

@@ -25,9 +25,9 @@ import fsspec
 from braceexpand import braceexpand
 from fastcore.basics import patch
 from fsspec.utils import glob_translate
-from tqdm import tqdm
 from ..utils.files import stays_inside
 from ..utils.plugins import load_formats
+from ..utils.progress import bar as start_bar
 
 # %% ../../nbs/2_data/02_files.ipynb #b95ba00c
 def redact(
@@ -732,7 +732,8 @@ def download(
     "Copy files to this machine. Raises what `list_files` raises, `ValueError`, and `OSError` when the disk is full."
     if not 0 <= part < parts: raise ValueError(f'part is {part}, but with parts={parts} it must be from 0 to {parts-1}')
     failed, share = {}, list(_targets(selection).items())[part::parts]
-    stop, bar = threading.Event(), tqdm(unit='B', unit_scale=True, disable=None if progress else True)
+    stop = threading.Event()
+    bar = start_bar(None, 'download', None, 'MB', show=progress, scale=1e6, unit_scale=1e-6)
     def one(item):
         name, (path, info) = item
         try: return _copy(info or file_info(path), Path(folder)/name, stop, bar)
