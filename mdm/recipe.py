@@ -22,7 +22,7 @@ import yaml
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
 from .diffusion.sampler import join_problem
@@ -38,6 +38,7 @@ from .utils.references import check_yaml, escaped, fill_in, place_name, put_valu
 # %% ../nbs/3_training/01_recipe.ipynb #875510fe
 _Fraction = Annotated[float, Field(ge=0, lt=1)]   # 0 <= x < 1
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)] # of steps, pictures, files
+_Steps = Annotated[int, Field(ge=0, le=2**31 - 1)] # of steps, perhaps none
 _Width = Annotated[float, Field(gt=0, le=.28)]    # of a power-function average: 0.28 is nearly all steps alike
 
 # %% ../nbs/3_training/01_recipe.ipynb #1dd72081
@@ -51,7 +52,7 @@ class TrainConfig:
     optimizer: Literal['adamw', 'adam', 'muon', 'adamw8bit'] = 'adamw' # muon needs fewer steps, adamw8bit less memory
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[_Fraction, _Fraction] = (.9, .999) # decay of Adam's mean and of its mean square
-    warmup_steps: NonNegativeInt = 0          # steps over which the learning rate rises linearly from 0
+    warmup_steps: _Steps = 0          # steps over which the learning rate rises linearly from 0
     lr_schedule: Literal['constant', 'cosine', 'one_cycle'] = 'constant' # after the warm-up; one_cycle has its own
     grad_clip: PositiveFloat|None = 2.        # longest gradient (its norm over all weights); null: any
     ema_decay: _Fraction = .9999               # decay of the moving average of the weights
@@ -64,7 +65,7 @@ class TrainConfig:
     activation_checkpointing: bool = False    # compute activations twice instead of keeping them: less memory
     compile: bool = False                     # with torch.compile: faster steps, after a minute or more
     fsdp: bool = False                        # processes share weights and optimizer state, instead of a copy each
-    freeze_inner_steps: NonNegativeInt = 0    # first steps in which networks from model.inner_from do not change
+    freeze_inner_steps: _Steps = 0    # first steps in which networks from model.inner_from do not change
     caption_dropout: _Fraction = .1            # share of captions that are replaced by an empty one, for guidance
     max_nonfinite: _Count = 20           # losses in a row that are not finite before the training stops
     log_every: _Count = 50               # steps between two lines of the log

@@ -449,12 +449,15 @@ def test_a_mistake_is_told_once_and_left_for_the_launcher(tmp_path, call, monkey
 
 def test_a_mistake_under_torchrun(tmp_path):
     "Both processes fail, one tells, and the launcher's report ends with the same words."
-    code = "import sys; from mdm.cli.train import mdm_train; sys.exit(mdm_train(['shaqes']))"
+    code = '''import sys
+from mdm.cli.command import make_parser, run_command
+def work(args): raise FileNotFoundError('there is no shaqes; did you mean shapes?')
+sys.exit(run_command(make_parser('mdm_train', 'about', 'mdm_train'), work))'''
     (tmp_path/'go.py').write_text(code)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0', '--standalone', tmp_path/'go.py'], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, 'PYTHONPATH': str(Path(mdm.__file__).parents[1])})
     lines = [o for o in done.stderr.splitlines() if 'did you mean shapes?' in o]
-    assert done.returncode and [o.startswith('mdm_train: ') for o in lines] == [True, False] and 'traceback :mdm_train: There is neither' in lines[1].replace(' : ', ' :')
+    assert done.returncode and [o.startswith('mdm_train: ') for o in lines] == [True, False] and 'traceback :mdm_train: there is no shaqes' in lines[1].replace(' : ', ' :')
 
 @pytest.mark.parametrize('args, said', [
     (['nowhere', prompt], 'nowhere'),

@@ -289,7 +289,7 @@ def test_no_number_is_beyond_a_computer():
             values[section][k] = 10**23
             places.append(f'{section}.{k}')
     bad = problems(values)
-    assert len(places) > 15 and all(any(p.startswith(f'{place}: found 1') for p in bad) for place in places), bad
+    assert len(places) > 15 and [o for o in places if not any(p.startswith(o) for p in bad)] == []
     assert any(p.startswith('model.num_resnets') for p in problems(with_('model.num_resnets', [1, 10**23])))
 
 def test_batch_size_of_the_issue(): assert 'train.batch_size' in problems(with_('train.batch_size', 10**23))[0] and 'train.batch_size' in problems(with_('train.batch_size', 2**30))[0]

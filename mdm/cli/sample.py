@@ -138,12 +138,24 @@ class Drawing:
         self.captions, self.seed, self.about = captions, seed, about
         self.lows = ['', *(f'_{w}px' for w in widths[1:])]   # ends of the files' names
 
-    def name(self, k, low=''): return f'{k:03d}_seed{self.seed + k}{low}.png'
+    def name(self,
+        k:int, # number of the picture
+        low:str='', # end of the name, for a lower resolution
+    )->str:
+        "The file's name of a picture."
+        return f'{k:03d}_seed{self.seed + k}{low}.png'
 
-    def info(self, k): return dict(prompt=self.captions[k], seed=self.seed + k, **self.about)
+    def info(self,
+        k:int, # number of the picture
+    )->dict:
+        "The text to write into the file of a picture."
+        return dict(prompt=self.captions[k], seed=self.seed + k, **self.about)
 
-    def is_drawn(self, folder, k):
-        "Is picture `k` in a folder, at every resolution and with the same settings?"
+    def is_drawn(self,
+        folder:Path, # of single pictures
+        k:int, # number of the picture
+    )->bool:
+        "Is a picture in a folder, at every resolution and with the same settings?"
         from PIL import Image
         for low in self.lows:
             try: text = Image.open(folder/self.name(k, low)).text

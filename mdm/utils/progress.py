@@ -25,7 +25,9 @@ class Lines:
         self.every, self.start, self.shown = every, time.monotonic(), None
         self.last = self.start
 
-    def update(self, n=1):
+    def update(self,
+        n:float=1, # how much was done
+    ):
         "Count, and write a line when it is time."
         self.n += n
         if time.monotonic() - self.last >= self.every: self.line()
