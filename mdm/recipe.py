@@ -6,13 +6,15 @@
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'FinetuneConfig', 'Recipe', 'RecipeError', 'valid_keys',
            'read_model', 'check_weights', 'check_batch', 'check_text', 'check_image_size', 'init_checkpoints',
            'check_freeze', 'check_steps', 'check_join', 'check_segments', 'check_dropout', 'check_networks',
-           'check_one_start', 'check_recipe', 'read_sections', 'build_recipe', 'recipe_dict', 'escaped', 'save_recipe',
-           'read_source', 'RecipeFormat', 'find_format', 'read_yaml', 'apply_overrides', 'load_recipe']
+           'check_one_start', 'check_recipe', 'check_numbers', 'read_sections', 'build_recipe', 'recipe_dict',
+           'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml', 'apply_overrides', 'shortened',
+           'remember_references', 'lost_references', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
-import json, re
+import json, re, warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +23,7 @@ import yaml
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
 from .diffusion.sampler import join_problem
@@ -29,49 +31,52 @@ from .diffusion.settings import SampleConfig
 from .models.nested_unet import NestedUNetConfig, model_scales
 from .models.unet import UNetConfig
 from .text import TextConfig
-from .utils.configs import ConfigError, config_class, read_config, unknown_key, violations
+from .utils.configs import ConfigError, config_class, options, read_config, unknown_key, violations
 from .utils.files import atomic_write, presets
 from .utils.plugins import load_formats
+from .utils.references import check_yaml, escaped, fill_in, place_name, put_value, read_override
 
 # %% ../nbs/3_training/01_recipe.ipynb #875510fe
 _Fraction = Annotated[float, Field(ge=0, lt=1)]   # 0 <= x < 1
+_Count = Annotated[int, Field(ge=1, le=2**31 - 1)] # of steps, pictures, files
+_Steps = Annotated[int, Field(ge=0, le=2**31 - 1)] # of steps, perhaps none
 _Width = Annotated[float, Field(gt=0, le=.28)]    # of a power-function average: 0.28 is nearly all steps alike
 
 # %% ../nbs/3_training/01_recipe.ipynb #1dd72081
 @config_class
 class TrainConfig:
     "How long and how fast to train, and what to write on the way."
-    steps: PositiveInt = 10_000               # optimizer steps in all
-    batch_size: PositiveInt = 32              # pictures per process and forward pass
-    accumulate: PositiveInt = 1               # forward passes per optimizer step
+    steps: _Count = 10_000               # optimizer steps in all
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 32 # pictures per process and forward pass
+    accumulate: _Count = 1               # forward passes per optimizer step
     lr: PositiveFloat = 5e-5                  # learning rate after the warm-up
     optimizer: Literal['adamw', 'adam', 'muon', 'adamw8bit'] = 'adamw' # muon needs fewer steps, adamw8bit less memory
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[_Fraction, _Fraction] = (.9, .999) # decay of Adam's mean and of its mean square
-    warmup_steps: NonNegativeInt = 0          # steps over which the learning rate rises linearly from 0
+    warmup_steps: _Steps = 0          # steps over which the learning rate rises linearly from 0
     lr_schedule: Literal['constant', 'cosine', 'one_cycle'] = 'constant' # after the warm-up; one_cycle has its own
     grad_clip: PositiveFloat|None = 2.        # longest gradient (its norm over all weights); null: any
     ema_decay: _Fraction = .9999               # decay of the moving average of the weights
     ema_decays: list[_Fraction] = field(default_factory=list) # decays of further averages, kept beside it
     ema_dtype: Literal['float32', 'bfloat16'] = 'float32' # of these averages; bfloat16 takes half the memory
     power_ema: list[_Width] = field(default_factory=list) # relative widths of power-function averages, e.g. [0.05, 0.1]
-    power_ema_every: PositiveInt|None = None  # steps between two snapshots of them; null: as save_every
+    power_ema_every: _Count|None = None  # steps between two snapshots of them; null: as save_every
     bf16: bool = False                        # compute in bfloat16 where that is safe (autocast)
     channels_last: bool = False               # keep the channels of a pixel next to each other in memory
     activation_checkpointing: bool = False    # compute activations twice instead of keeping them: less memory
     compile: bool = False                     # with torch.compile: faster steps, after a minute or more
     fsdp: bool = False                        # processes share weights and optimizer state, instead of a copy each
-    freeze_inner_steps: NonNegativeInt = 0    # first steps in which networks from model.inner_from do not change
+    freeze_inner_steps: _Steps = 0    # first steps in which networks from model.inner_from do not change
     caption_dropout: _Fraction = .1            # share of captions that are replaced by an empty one, for guidance
-    max_nonfinite: PositiveInt = 20           # losses in a row that are not finite before the training stops
-    log_every: PositiveInt = 50               # steps between two lines of the log
+    max_nonfinite: _Count = 20           # losses in a row that are not finite before the training stops
+    log_every: _Count = 50               # steps between two lines of the log
     loggers: list[Literal['tensorboard', 'wandb']] = field(default_factory=list) # where the log goes besides log.csv
-    save_every: PositiveInt = 5_000           # steps between two checkpoints
-    keep: PositiveInt = 3                     # newest checkpoints that are kept
-    keep_every: PositiveInt|None = None       # every checkpoint whose step is a multiple of this is kept, too
-    preview_every: PositiveInt = 5_000        # steps between two sheets of sample pictures
+    save_every: _Count = 5_000           # steps between two checkpoints
+    keep: _Count = 3                     # newest checkpoints that are kept
+    keep_every: _Count|None = None       # every checkpoint whose step is a multiple of this is kept, too
+    preview_every: _Count = 5_000        # steps between two sheets of sample pictures
     preview_prompts: list[str] = field(default_factory=list) # prompts of those pictures; none: no previews
-    seed: int = 0                             # of weights, order of pictures, and noise
+    seed: Annotated[int, Field(ge=-2**62, le=2**62)] = 0 # of weights, order of pictures, and noise
     output: str = 'runs'                      # folder for checkpoints, previews and the log
 
 # %% ../nbs/3_training/01_recipe.ipynb #8ec10a03
@@ -96,7 +101,7 @@ class DistillConfig:
     guidance: NonNegativeFloat = 3.           # of the teacher; the student needs none
     segments: PositiveInt = 2                 # parts of the time axis; the student jumps to the end of the one it is in
     teacher_steps: PositiveInt = 4            # guided steps that the teacher takes in a segment
-    points: PositiveInt = 2                   # points of the teacher's way that the student learns from, the first included
+    points: PositiveInt = 2                   # of the teacher's way that the student learns from, the first included
     reach: PositiveFloat = 1.                 # share of a segment that the teacher walks; the averaged student jumps the rest
     noisiest: Annotated[float, Field(gt=0, le=1)] = .7 # share of pictures in the noisiest segment; the others share the rest
     at_start: Annotated[float, Field(ge=0, le=1)] = .9 # share of pictures that begin where a segment begins; others: anywhere
@@ -135,6 +140,7 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig) # reverse process
     distill: DistillConfig|None = None        # for a student of another model; None: trained on pictures
     finetune: FinetuneConfig|None = None      # for a model that starts from a trained one; None: it starts from nothing
+    references: dict = field(default_factory=dict, repr=False, compare=False) # texts from the environment, by place
 
 sections = dict(diffusion=DiffusionConfig, text=TextConfig, data=DataConfig, train=TrainConfig, sample=SampleConfig,
                 distill=DistillConfig, finetune=FinetuneConfig)
@@ -352,6 +358,24 @@ def _depth(model):
     return 1 + _depth(model['inner']) if isinstance(model, dict) and 'inner' in model else 0
 
 # %% ../nbs/3_training/01_recipe.ipynb #f5a4c21e
+_most = {'diffusion.num_steps': 1_000_000, 'text.dim': 65_536, 'text.max_tokens': 65_536, 'data.image_size': 65_536}
+
+def check_numbers(
+    config:object, # a section, or the networks
+    place:str, # where it stands, e.g. 'train'
+)->list[str]: # lines for `RecipeError`
+    "Numbers are of a size that a computer can hold."
+    lines, own = [], {o.name for o in options(type(config)) if o.high is not None}
+    for f in fields(config):
+        v, at = getattr(config, f.name), f'{place}.{f.name}'
+        if is_dataclass(v): lines += check_numbers(v, at)
+        for n in v if isinstance(v, (list, tuple)) else [v]:
+            most = _most.get(at, 2**31 - 1) if isinstance(n, int) else 1e30
+            if f.name in own or not isinstance(n, (int, float)) or abs(n) <= most: continue
+            lines.append(_line(at, v, f'at most {most:,}'))
+    return lines
+
+# %% ../nbs/3_training/01_recipe.ipynb #88930d3f
 def read_sections(
     values:dict, # plain nested data, as in the YAML
     keys:list[str], # all valid keys, for suggestions
@@ -361,13 +385,14 @@ def read_sections(
     least = 'channels, num_resnets and num_attention_layers'
     parts, problems = {'model': None}, [f'model: missing, expected a mapping with at least {least}']
     if 'model' in values: parts['model'], problems = read_model(values['model'], 'model', keys, strict)
+    if parts['model']: problems += check_numbers(parts['model'], 'model')
     for name, cls in sections.items():
         if name in _optional and values.get(name) is None:
             parts[name] = None
             continue
         given = {} if values.get(name) is None else values[name]
         parts[name], bad = read_config(cls, given, name, keys, strict)
-        problems += bad
+        problems += bad + (check_numbers(parts[name], name) if parts[name] and not bad else [])
     return parts, problems
 
 # %% ../nbs/3_training/01_recipe.ipynb #538ac412
@@ -391,22 +416,21 @@ def build_recipe(
 def recipe_dict(
     recipe:Recipe, # a recipe
 )->dict: # only dictionaries, lists, strings and numbers
-    "A recipe as plain data, defaults included."
-    values = json.loads(json.dumps(asdict(recipe)))
-    return {k: v for k, v in values.items() if not (k in _optional and v is None)}
+    "A recipe as plain data, defaults included; what came from the environment stands there as a reference."
+    values = json.loads(json.dumps(asdict(replace(recipe, references={}))))
+    for at, (value, text) in recipe.references.items(): _mask(values, at, value, text)
+    return {k: v for k, v in values.items() if k != 'references' and not (k in _optional and v is None)}
+
+def _mask(values, at, value, text):
+    "Put a text in the place of a value, if it is still there."
+    try:
+        for k in at[:-1]: values = values[k]
+        if values[at[-1]] == value: values[at[-1]] = text
+    except (LookupError, TypeError): pass                    # the recipe was changed, and has no such place any more
 
 class _Dumper(yaml.SafeDumper): "Quotes texts that look like a number with an exponent."
 _exponent = re.compile(r'[-+]?[\d_]*\.?[\d_]*[eE][-+]?\d+$')
 _Dumper.add_implicit_resolver('tag:yaml.org,2002:float', _exponent, list('-+.0123456789'))
-
-# %% ../nbs/3_training/01_recipe.ipynb #e53f11a7
-def escaped(
-    v, # plain data: dicts, lists, texts, numbers
-): # the same, to be read as a recipe
-    "Escape `${` in every text."
-    if isinstance(v, dict): return {k: escaped(o) for k, o in v.items()}
-    if isinstance(v, list): return [escaped(o) for o in v]
-    return v.replace('${', r'\${') if isinstance(v, str) else v
 
 # %% ../nbs/3_training/01_recipe.ipynb #9b612af2
 def save_recipe(
@@ -420,14 +444,21 @@ def save_recipe(
     return Path(path)
 
 # %% ../nbs/3_training/01_recipe.ipynb #13f158d8
+def _read_text(path, most=10_000_000):
+    "The text of a file. Raises `RecipeError` for one that is no text or far too large."
+    if (size := path.stat().st_size) > most: raise RecipeError(str(path), [f'it has {size:,} bytes: this is no recipe'])
+    try: return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise RecipeError(str(path), [f'it is not UTF-8 text ({e.reason} at byte {e.start}): this is no recipe']) from None
+
 def read_source(
     source:str|Path, # name of a preset, or a YAML file
 )->tuple[str, str]: # a name for messages, and the text
-    "The text of a recipe. Raises `FileNotFoundError`."
+    "The text of a recipe. Raises `FileNotFoundError`, or `RecipeError` for a file that is no text."
     names = presets()
     preset = files('mdm')/'presets'/f'{source}.yaml'
     if source in names: return f'preset {source}', preset.read_text(encoding='utf-8')
-    if Path(source).is_file(): return str(source), Path(source).read_text(encoding='utf-8')
+    if Path(source).is_file(): return str(source), _read_text(Path(source))
     near = get_close_matches(str(source), names, 1)
     meant = f'; did you mean {near[0]}?' if near else '.'
     raise FileNotFoundError(f'There is neither a preset nor a file called {str(source)!r}{meant} '
@@ -456,6 +487,7 @@ def read_yaml(
 )->tuple[dict, list[str], bool]: # values, problems, and whether to check types strictly
     "The values of a recipe, translated if they are in another format. Raises `RecipeError` if they cannot be read."
     try:
+        check_yaml(text)
         values = yaml.safe_load(text)
         if isinstance(values, dict):
             if other := find_format(values): return *other.translate(values, where), False
@@ -468,30 +500,83 @@ def read_yaml(
 def apply_overrides(
     values:dict, # plain nested data
     overrides:list[str], # e.g. ['train.batch_size=8', 'model.channels[0]=64']
+    shown:bool=False, # True: what overrides take from the environment stays a reference, as text
 )->tuple[dict, list[str]]: # the data with `${name}` and the like filled in, and problems
     "Change values by dotted name."
-    config, problems = OmegaConf.create(values), []
+    values, problems = deepcopy(values), []
     for text in overrides:
         key, equals, value = text.partition('=')
         if not (equals and key.strip()):
             problems.append(f'override {text!r}: expected key=value, such as train.batch_size=8')
             continue
-        try: OmegaConf.update(config, key.strip(), OmegaConf.from_dotlist([f'v={value}']).v, force_add=True)
+        try: put_value(values, key.strip(), read_override(value, shown))
         except (OmegaConfBaseException, ValueError, yaml.YAMLError) as e:
             problems.append(f'override {text!r}: {str(e).splitlines()[0]}')
-    try: return OmegaConf.to_container(config, resolve=True), problems
-    except OmegaConfBaseException as e:
-        return {}, [*problems, f"{getattr(e, 'full_key', '')}: {str(e).splitlines()[0]}"]
+    try: values, bad = fill_in(values)
+    except ValueError as e: return {}, [*problems, str(e)]
+    return values, problems + bad
 
 # %% ../nbs/3_training/01_recipe.ipynb #d3f7215a
+_follow = {'train.warmup_steps': 'train.steps', 'sample.steps': 'diffusion.num_steps',
+           'distill.points': 'distill.teacher_steps'}
+
+def shortened(
+    values:dict, # plain nested data with the overrides in it
+    before:dict, # without them
+    overrides:list[str], # e.g. ['train.steps=10']
+)->dict: # `values`, changed where an override asks for less than another setting needs, with a warning
+    "Lower the settings that cannot be larger than one that an override has lowered."
+    changed = {o.partition('=')[0].strip() for o in overrides}
+    def number(values, key):
+        section, name = key.split('.')
+        v = (values.get(section) or {}).get(name, getattr(sections[section], name, None))
+        return v if type(v) is int else None
+    for key, limit in _follow.items():
+        if limit not in changed or key in changed or not isinstance(values.get(key.split('.')[0], {}), dict): continue
+        v, most, earlier = number(values, key), number(values, limit), number(before, limit)
+        if None in (v, most) or not 0 < most < v: continue
+        new = max(1, v*most//earlier) if key == 'train.warmup_steps' and earlier else most
+        put_value(values, key, new)
+        warnings.warn(f'{limit}={most} is less than {key} = {v}, which is therefore lowered to {new}')
+    return values
+
+# %% ../nbs/3_training/01_recipe.ipynb #eb2e0640
+def _texts(v, at=()):
+    "The texts of plain nested data, by place."
+    if isinstance(v, str): return {at: v}
+    parts = v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else ()
+    return {k: text for name, o in parts for k, text in _texts(o, (*at, name)).items()}
+
+def remember_references(
+    recipe:Recipe, # made from the values and their overrides
+    values:dict, # plain nested data
+    overrides:list[str], # e.g. ['train.output=${oc.env:HOME}/runs']
+)->Recipe: # the recipe
+    "Note which texts of a recipe came from the environment, for `recipe_dict`."
+    if not any('${' in o for o in overrides): return recipe
+    given, shown = (_texts(apply_overrides(values, overrides, o)[0]) for o in (False, True))
+    recipe.references = {k: (v, shown[k]) for k, v in given.items() if shown.get(k, v) != v}
+    return recipe
+
+def lost_references(
+    recipe:Recipe, # from a file that `save_recipe` has written
+)->list[str]: # a line for each
+    "Values that came from the environment when the recipe was made, and are not known any more."
+    texts = _texts(recipe_dict(replace(recipe, references={})))
+    mend = 'stands for a value from the environment, which is not kept in files: give it again as a change,'
+    return [f'{place_name(k)}: {v!r} {mend} {place_name(k)}=...' for k, v in texts.items() if '${oc.env:' in v]
+
+# %% ../nbs/3_training/01_recipe.ipynb #a6f78fd0
 def load_recipe(
     source:str|Path, # name of a preset, or a YAML file
     overrides:list[str]=(), # e.g. ['train.batch_size=8']
 )->Recipe: # checked
     "Read a recipe. Raises `FileNotFoundError`, or `RecipeError` with all that is wrong."
     where, text = read_source(source)
-    values, problems, strict = read_yaml(text, where)
-    values.setdefault('name', Path(source).stem)
-    values, bad = apply_overrides(values, [overrides] if isinstance(overrides, str) else overrides)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    given, problems, strict = read_yaml(text, where)
+    given.setdefault('name', Path(source).stem)
+    values, bad = apply_overrides(given, overrides)
     if not values: raise RecipeError(where, problems + bad)
-    return build_recipe(values, where, strict, problems + bad)
+    values = shortened(values, given, overrides)
+    return remember_references(build_recipe(values, where, strict, problems + bad), given, overrides)

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from mdm.checkpoint import checkpoint_formats, find_checkpoint, load_checkpoint, load_inner, load_model, load_state, load_weights, save_checkpoint, text_width, write_safetensors
+from mdm.checkpoint import checkpoint_formats, find_checkpoint, load_checkpoint, load_inner, load_model, load_state, load_weights, save_checkpoint, text_width, verify_files, write_safetensors
 from mdm.utils.files import atomic_folder, bundled, readable
 from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe, save_recipe
@@ -204,3 +204,49 @@ def test_load_inner(recipe, model, state, tmp_path):
         assert same(nest.inner_unet.state_dict(), weights) and all(torch.equal(nest.state_dict()[k], v) for k, v in outer.items())
     save_checkpoint(tmp_path/'whole', recipe, state, None, 1)
     with pytest.raises(ValueError, match='does not fit'): load_inner(nest, tmp_path/'whole')
+
+# ---- damage and misspelt names
+
+@pytest.mark.parametrize('where', [.3, .6, .999])
+@pytest.mark.parametrize('name', ['model', 'raw'])
+def test_one_flipped_bit_is_noticed(name, where, recipe, state, tmp_path):
+    folder = save_checkpoint(tmp_path/'a', recipe, state, state)
+    load_checkpoint(folder).tensors(name); verify_files(tmp_path)
+    data = bytearray((folder/f'{name}.safetensors').read_bytes()); data[int(len(data)*where)] ^= 4
+    (folder/f'{name}.safetensors').write_bytes(data)
+    for read in (lambda: load_checkpoint(folder).tensors(name), lambda: verify_files(tmp_path)):
+        with pytest.raises(ValueError, match='checksum'): read()
+
+def test_checkpoints_of_earlier_versions_have_no_checksums(recipe, state, tmp_path):
+    folder = save_checkpoint(tmp_path/'a', recipe, state)
+    about = json.loads((folder/'state.json').read_text()); del about['checksums']
+    (folder/'state.json').write_text(json.dumps(about))
+    verify_files(folder)
+    assert same(load_checkpoint(folder).weights(), state)
+
+def test_a_deeply_nested_state_is_damage(recipe, state, tmp_path):
+    folder = save_checkpoint(tmp_path/'a', recipe, state)
+    (folder/'state.json').write_text('['*100_000)
+    with pytest.raises(ValueError, match='state.json is damaged'): load_checkpoint(folder)
+
+def test_a_flipped_bit_in_a_pth_file_is_noticed(state, tmp_path):
+    torch.save(dict(state_dict=state), tmp_path/'x.pth'); verify_files(tmp_path/'x.pth')
+    data = bytearray((tmp_path/'x.pth').read_bytes()); data[len(data)//2] ^= 1
+    (tmp_path/'x.pth').write_bytes(data)
+    with pytest.raises(ValueError, match='x.pth is damaged'): verify_files(tmp_path/'x.pth')
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, state, tmp_path):
+    from mdm.training.resume import newest_checkpoint
+    for step in (10, 20): save_checkpoint(tmp_path/f'step_{step:08d}', recipe, state, step=step, more=dict(optimizer=state))
+    damaged = tmp_path/'step_00000020'/'optimizer.safetensors'
+    data = bytearray(damaged.read_bytes()); data[-1] ^= 128; damaged.write_bytes(data)
+    with pytest.warns(UserWarning, match='optimizer.safetensors is damaged'): assert newest_checkpoint(tmp_path).step == 10
+
+@pytest.mark.parametrize('path, meant', [('run/flowers', 'runs/flowers'), ('runs/flower', 'runs/flowers'), ('runs/flowers/step_0000010', 'runs/flowers/step_00000010'), ('wieghts.pth', 'weights.pth'), ('shape', 'shapes'), ('quite/different', None), ('note.txt', None)])
+def test_misspelt_checkpoints(path, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'runs'/'flowers'/'step_00000010').mkdir(parents=True)
+    for name in ('weights.pth', 'notes.txt'): (tmp_path/name).write_text('x')
+    for full in (path, *([tmp_path/path] if path != 'shape' else [])):
+        with pytest.raises(FileNotFoundError) as e: load_model(full)
+        assert 'did you mean' in str(e.value) and f'{meant}?' in str(e.value) if meant else 'did you mean' not in str(e.value)

@@ -10,6 +10,7 @@ from mdm.cli.dataset import mdm_dataset
 from mdm.cli.command import add_config_flags, progress_bar
 from mdm.cli.convert import mdm_convert
 from mdm.cli.demo import mdm_demo
+from mdm.cli.evaluate import mdm_evaluate
 from mdm.cli.sample import mdm_sample
 from mdm.cli.train import mdm_train
 from mdm.diffusion.objective import Diffusion
@@ -323,8 +324,145 @@ def test_sample_tools(trained, tmp_path, call):
     assert (pixels(painted)[:, :16] == pixels(large)[:, :16]).all() and (pixels(painted)[:, 16:] != pixels(large)[:, 16:]).any()
     assert {k: Image.open(painted).text[k] for k in ('image', 'mask', 'repeats')} == dict(image=str(large), mask=str(mask), repeats='2')
 
+def files_of(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*.png'))}
+
+@pytest.fixture
+def stops(monkeypatch):
+    "The pipeline raises after so many batches; None: never."
+    real = MDMPipeline.__call__
+    def f(batches, error):
+        calls = []
+        def call(self, *args, **kwargs):
+            calls.append(1)
+            if batches is not None and len(calls) > batches: raise error
+            return real(self, *args, **kwargs)
+        monkeypatch.setattr(MDMPipeline, '__call__', call)
+        return calls
+    return f
+
+@pytest.mark.parametrize('single, error, code', [(False, KeyboardInterrupt(), 130), (True, OSError(28, 'No space left on device'), 2)], ids=['folder, Ctrl-C', 'file, full disk'])
+def test_an_interrupted_sampling_goes_on(trained, tmp_path, call, stops, single, error, code):
+    args = [trained, prompt, 'a blue ring', '--n', 3, '--seed', 4, '--every-resolution', '--batch-size', 2]
+    whole, out = tmp_path/'whole', tmp_path/('x/cat.png' if single else 'x')
+    assert call(mdm_sample, *args, '--output', whole/out.name if single else whole)[0] == 0
+    stops(2, error)
+    found, _, err = call(mdm_sample, *args, '--output', out)
+    parts = tmp_path/'x'/('.cat.png.parts' if single else '0001')
+    assert found == code and len(list(parts.glob('*.png'))) == 8 and not (tmp_path/'x'/('cat.png' if single else '0001.png')).exists()
+    assert (f'stopped with 8 of 12 pictures in {parts}; the same command goes on' if code == 130 else 'the disk is full') in err
+    calls = stops(None, None)
+    found, _, err = call(mdm_sample, *args, '--output', out)
+    assert found == 0 and len(calls) == 1 and f'going on in {parts}: 4 of 6' in err
+    assert files_of(tmp_path/'x') == files_of(whole)                                 # as if nothing had happened
+
+def test_an_unfinished_folder_of_other_pictures_is_left_alone(trained, tmp_path, call, stops):
+    args = [trained, prompt, '--n', 2, '--batch-size', 1, '--output', tmp_path]
+    stops(1, KeyboardInterrupt())
+    assert call(mdm_sample, *args)[0] == 130
+    before, calls = files_of(tmp_path/'0001'), stops(None, None)
+    for k, change in enumerate((['--seed', 5], ['--steps', 3], ['--negative-prompt', 'blue'], ['--raw'])): assert call(mdm_sample, *args, *change)[0] == 0 and (tmp_path/f'000{k + 2}.png').exists()
+    assert len(calls) == 8 and files_of(tmp_path/'0001') == before
+    (tmp_path/'0001'/'000_seed0.png').write_bytes(before['000_seed0.png'][:300])     # damaged: drawn anew, elsewhere
+    assert call(mdm_sample, *args)[0] == 0 and (tmp_path/'0006.png').exists()
+
+def test_two_samplings_at_once_use_folders_of_their_own(trained, tmp_path, call):
+    with only_writer(tmp_path/'0001'): assert call(mdm_sample, trained, prompt, '--n', 1, '--output', tmp_path)[0] == 0
+    assert (tmp_path/'0002.png').exists() and not (tmp_path/'0001.png').exists()
+
+@pytest.mark.parametrize('output, said', [('notes.txt', 'notes.txt is a file'), ('notes.txt/a.png', 'notes.txt is a file'), ('folder.png', 'is a folder'), ('notes.txt/deep/er', 'is a file')])
+def test_the_output_is_looked_at_before_the_model(tmp_path, refused, monkeypatch, output, said):
+    monkeypatch.chdir(tmp_path)
+    Path('notes.txt').write_text('mine'); Path('folder.png').mkdir()
+    monkeypatch.setattr(MDMPipeline, 'from_pretrained', None)
+    for command, *args in ((mdm_sample, 'shapes', prompt), *([(mdm_evaluate, 'shapes', '--captions', 'notes.txt')] if 'png' not in output else [])): assert said in refused(command, *args, '--output', output)
+    assert Path('notes.txt').read_text() == 'mine' and sorted(os.listdir()) == ['folder.png', 'notes.txt']
+
+def test_a_place_that_cannot_be_written(tmp_path, refused, monkeypatch):
+    def full(path): return type('usage', (), dict(free=1000))
+    with monkeypatch.context() as m:
+        m.setattr('mdm.cli.command.shutil.disk_usage', full)
+        assert '20 MB are free' in refused(mdm_sample, 'shapes', prompt, '--output', tmp_path/'a')
+    def forbidden(dir): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('mdm.cli.command.tempfile.TemporaryFile', forbidden)
+    assert 'nothing can be written into' in refused(mdm_sample, 'shapes', prompt, '--output', tmp_path/'a'/'b.png')
+
+def test_a_long_prompt_is_told_once(trained, tmp_path, call):
+    _, _, err = call(mdm_sample, trained, prompt + ' and so on'*100, 'short', '--n', 2, '--batch-size', 1, '--output', tmp_path)
+    assert err.count('longer than the text encoder reads') == 1 and 'left out' in err
+    assert 'longer' not in call(mdm_sample, trained, prompt, '--n', 1, '--output', tmp_path)[2]
+
+@pytest.mark.parametrize('command', commands, ids=lambda o: o.__name__)
+def test_version(call, command):
+    assert call(command, '--version') == (0, f'{command.__name__} {mdm.__version__}\n', '')
+
+def test_verify(trained, tmp_path, call, refused):
+    import shutil
+    shutil.copytree(trained/'step_00000006', tmp_path/'copy')
+    assert call(mdm_sample, tmp_path/'copy', prompt, '--n', 1, '--verify', '--output', tmp_path/'a.png')[0] == 0
+    path = tmp_path/'copy'/'optimizer.safetensors'
+    data = bytearray(path.read_bytes()); data[-9] ^= 16; path.write_bytes(data)
+    for command, *args in ((mdm_sample, tmp_path/'copy', prompt, '--output', tmp_path/'b.png'), (mdm_convert, tmp_path/'copy', tmp_path/'b.pth')): assert 'optimizer.safetensors is damaged: its checksum' in refused(command, *args, '--verify')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'copy']
+
+def test_convert_on_a_full_disk(trained, tmp_path, refused, monkeypatch):
+    from contextlib import contextmanager
+    import mdm.reference.checkpoints as R
+    real = R.atomic_write
+    @contextmanager
+    def small(path):
+        with real(path) as f:
+            class Full:
+                def write(self, data):
+                    if f.tell() + len(data) > 20_000: raise OSError(28, 'No space left on device')
+                    return f.write(data)
+                def flush(self): f.flush()
+            yield Full()
+    monkeypatch.setattr(R, 'atomic_write', small)
+    assert 'o space' in refused(mdm_convert, trained, tmp_path/'a.pth') and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.\nframe #0: c10"), RuntimeError('Storage size calculation overflowed with sizes=[1]'),
+    np._core._exceptions._ArrayMemoryError((10**12,), np.dtype('float64'))], ids=lambda o: type(o).__name__)
+def test_not_enough_memory(monkeypatch, trained, refused, error):
+    def fails(*args, **kwargs): raise error
+    monkeypatch.setattr(MDMPipeline, '__call__', fails)
+    said = refused(mdm_sample, trained, prompt)
+    assert 'not enough memory' in said and 'frame #0' not in said
+
+def test_numbers_beyond_a_computer_are_mistakes(refused, data):
+    assert 'train.batch_size: found 1' in refused(mdm_train, 'shapes', 'train.batch_size=' + '1' + '0'*23, '--data', *data)
+
+# ---- several processes
+
+def test_a_mistake_is_told_once_and_left_for_the_launcher(tmp_path, call, monkeypatch):
+    waited = []
+    monkeypatch.setattr('mdm.cli.command.time.sleep', lambda seconds: waited.append(seconds) or (_ for _ in ()).throw(SystemExit(143)))   # as the launcher's SIGTERM does
+    monkeypatch.setenv('WORLD_SIZE', '2'); monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path/'error.json'))
+    monkeypatch.setenv('RANK', '0')
+    assert call(mdm_train, 'shaqes')[0] == 2 and not waited and 'mdm_train: There is neither' in json.loads((tmp_path/'error.json').read_text())['message']['message']
+    assert 'nonsense' in call(mdm_train, '--nonsense')[2]
+    (tmp_path/'error.json').unlink()
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit): call(mdm_train, 'shaqes')
+    assert waited and not (tmp_path/'error.json').exists() and not call(mdm_train, '--nonsense')[2]
+    monkeypatch.setattr('mdm.cli.command.time.sleep', lambda seconds: None)                  # nobody stops it: this process alone has failed
+    assert 'did you mean shapes?' in call(mdm_train, 'shaqes')[2] and (tmp_path/'error.json').exists()
+
+def test_a_mistake_under_torchrun(tmp_path):
+    "Both processes fail, one tells, and the launcher's report ends with the same words."
+    code = '''import sys
+from mdm.cli.command import make_parser, run_command
+def work(args): raise FileNotFoundError('there is no shaqes; did you mean shapes?')
+sys.exit(run_command(make_parser('mdm_train', 'about', 'mdm_train'), work))'''
+    (tmp_path/'go.py').write_text(code)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0', '--standalone', tmp_path/'go.py'], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONPATH': str(Path(mdm.__file__).parents[1])})
+    lines = [o for o in done.stderr.splitlines() if 'did you mean shapes?' in o]
+    assert done.returncode and [o.startswith('mdm_train: ') for o in lines] == [True, False] and 'traceback :mdm_train: there is no shaqes' in lines[1].replace(' : ', ' :')
+
 @pytest.mark.parametrize('args, said', [
     (['nowhere', prompt], 'nowhere'),
+    (['shape', prompt], 'did you mean shapes?'),
+    (['RUN', prompt, '--eta', '2'], 'sample.eta'),
     (['EMPTY', prompt], 'no complete checkpoint'),
     (['nowhere.pth', prompt], 'nowhere.pth'),
     (['hostile.pth', prompt, '--recipe', 'shapes'], 'was not loaded'),

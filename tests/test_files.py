@@ -451,6 +451,12 @@ def test_a_download_follows_tables(web, tmp_path):
         assert 'outside the folder' in fails(ValueError, download, f'{web.url}/a/t/one.tsv', tmp_path/'in')
 
 
+@pytest.mark.parametrize('name', ['../x.tar', 'sub/../../x.tar', '/x.tar', r'..\x.tar', r'C:\x.tar', 'sub/..'])
+def test_no_name_in_a_listing_leaves_the_folder(name):
+    "The objects of a bucket may be called anything."
+    with pytest.raises(ValueError, match='outside the folder'): S._Targets().put(name, 's3://shop.cats/' + name)
+
+
 def test_two_files_of_one_name(web, tmp_path):
     for d in 'ab':
         (web.folder/d).mkdir()

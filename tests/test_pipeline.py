@@ -248,3 +248,37 @@ def test_joining_late_is_for_models_whose_inner_network_was_trained_alone(pipe, 
     assert calls == [4, 4] and len(pictures) == 2                                              # t = 1000, 750 inside alone; 500, 250
     assert same(mixed(prompt, n=2, join=1.), pipe(prompt, n=2, spacing='trailing'), 0)
     with pytest.raises(ConfigError, match='sample.join: found 0.5'): load_recipe('shapes', tiny + ['sample.join=0.5'])
+
+# ---- what stands beside a picture, and masks
+
+@pytest.mark.parametrize('guidance', [1., 3.])
+def test_a_picture_in_bf16_does_not_depend_on_the_prompts_beside_it(guidance):
+    bundled = MDMPipeline.from_pretrained('shapes', device='cpu', bf16=True)
+    alone, = bundled(prompt, n=1, steps=3, guidance=guidance)
+    for other in (f'{prompt} '*3, f'{prompt} '*8, ''): assert same(bundled([prompt, other], n=1, steps=3, guidance=guidance)[:1], [alone], 0)
+
+def test_prompts_are_padded_in_bf16_alone(pipe):
+    assert pipe.encode(['a b'])[0].shape[1] == 3
+    half = MDMPipeline(pipe.model, pipe.recipe, device='cpu', bf16=True)
+    assert [o.shape[1] for o in half.encode(['a b', 'c'])] == [32, 32] and half.encode(['a b', 'c'])[1].sum() == 5
+
+def layer(colour, mode='RGBA'):
+    "A transparent layer with an opaque spot in one corner."
+    image = Image.new('RGBA', (16, 16), (255, 255, 255, 0)); image.paste((*colour, 255), (0, 0, 8, 8))
+    return image.convert(mode)
+
+@pytest.mark.parametrize('mask', [layer((0, 0, 0)), layer((255, 255, 255)), layer((255, 0, 0)), layer((0, 0, 0), 'LA'), layer((0, 0, 0)).quantize()], ids=['black', 'white', 'red', 'grey', 'palette'])
+def test_the_opacity_of_a_transparent_mask_is_the_mask(pipe, mask, recwarn):
+    picture = to_pil(torch.rand(1, 3, 16, 16)*2 - 1)[0]
+    changed = (pixels(pipe.inpaint(picture, mask, prompt, n=1)[0]) != pixels(picture)).any(2)
+    assert changed[:8, :8].mean() > .9 and not changed[8:].any() and not changed[:, 8:].any() and not recwarn
+
+def test_an_opaque_mask_counts_by_its_colours(pipe, recwarn):
+    mask = Image.new('RGBA', (16, 16), 'black'); mask.paste('white', (0, 0, 8, 8))
+    changed = (pixels(pipe.inpaint(picture := to_pil(torch.rand(1, 3, 16, 16)*2 - 1)[0], mask, prompt, n=1)[0]) != pixels(picture)).any(2)
+    assert changed[:8, :8].mean() > .9 and not changed[8:].any() and not recwarn
+
+@pytest.mark.parametrize('mask, said', [(Image.new('L', (16, 16)), 'nothing is painted'), (Image.new('L', (16, 16), 100), 'nothing is painted'), (Image.new('RGBA', (16, 16), (255,)*3 + (0,)), 'nothing is painted'),
+    (Image.new('RGB', (16, 16), 'white'), 'whole picture')])
+def test_a_mask_of_one_value_is_questioned(pipe, mask, said):
+    with pytest.warns(UserWarning, match=said): pipe.inpaint(Image.new('RGB', (16, 16)), mask, prompt, n=1, steps=2)

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch
 from mdm.models.nested_unet import NestedUNetConfig, create_model, model_scales
-from mdm.recipe import Recipe, RecipeError, RecipeFormat, TrainConfig, build_recipe, check_recipe, load_recipe, recipe_dict, save_recipe, valid_keys
+from mdm.recipe import Recipe, RecipeError, RecipeFormat, TrainConfig, build_recipe, check_recipe, load_recipe, lost_references, recipe_dict, save_recipe, valid_keys
 from mdm.utils.configs import nearest, violations
 from mdm.utils.files import presets
 from mdm.diffusion.settings import SampleConfig
@@ -221,3 +221,87 @@ def test_other_formats(tmp_path, monkeypatch):
     with pytest.raises(RecipeError) as e: load_text('bad: true', tmp_path, ['train.stps=7'])
     assert [p.partition(':')[0] for p in e.value.problems] == ['a', 'model.channels', 'train.stps']
     with pytest.raises(RecipeError, match='trian: unknown key'): load_text(tiny + 'trian: {}', tmp_path)
+
+# ---- recipes from elsewhere
+
+@pytest.mark.parametrize('at', ['data: {image_size: 16, files: ["http://host/X.tar"]}', 'data: {image_size: 16}\ntrain: {output: "runs/X"}', 'data: {image_size: 16}\nname: X', 'data: {image_size: 16}\nsample: {solver: X}'])
+@pytest.mark.parametrize('reference', ['${oc.env:MDM_TEST_SECRET}', '${oc.env:MDM_TEST_SECRET,x}', '${ oc.env:MDM_TEST_SECRET }', r'\\${oc.env:MDM_TEST_SECRET}', '${oc.decode:${oc.env:MDM_TEST_SECRET}}', '${oc.select:name}'])
+def test_a_recipe_file_reads_no_environment(at, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv('MDM_TEST_SECRET', 'hush')
+    text = tiny.partition('\n')[0] + '\n' + at.replace('"', "'").replace('X', reference if "'" in at or '"' in at else f"'{reference}'")
+    with pytest.raises(RecipeError) as e: load_text(text, tmp_path)
+    assert 'hush' not in str(e.value) and 'environment' in str(e.value)
+
+def test_an_override_replaces_a_reference_that_is_refused(tmp_path):
+    text = tiny + 'train: {output: "${oc.env:HOME}/runs"}'
+    assert load_text(text, tmp_path, ['train.output=mine']).train.output == 'mine'
+
+def test_environment_on_the_command_line_is_used_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv('MDM_TEST_SECRET', 'hush'); monkeypatch.setenv('MDM_TEST_STEPS', '7')
+    changes = ['data.files=["http://${oc.env:MDM_TEST_SECRET}@a/1.tar", b.tar]', 'name=x${oc.env:MDM_TEST_SECRET}', 'train.steps=${oc.decode:${oc.env:MDM_TEST_STEPS}}']
+    recipe = load_text(tiny + 'train: {output: "runs/${name}"}', tmp_path, changes)
+    assert (recipe.data.files, recipe.train.output, recipe.train.steps) == (['http://hush@a/1.tar', 'b.tar'], 'runs/xhush', 7)
+    again = load_recipe(save_recipe(recipe, tmp_path/'r.yaml'))
+    assert b'hush' not in (tmp_path/'r.yaml').read_bytes() and recipe_dict(again) == recipe_dict(recipe) and 'hush' not in str(recipe_dict(recipe))
+    assert again.train.output == 'runs/x${oc.env:MDM_TEST_SECRET}' and again.train.steps == 7
+    assert len(lost_references(again)) == 3 and 'data.files[0]=' in lost_references(again)[-3] + lost_references(again)[-2] + lost_references(again)[-1]
+    recipe.train.output = 'elsewhere'
+    assert recipe_dict(recipe)['train']['output'] == 'elsewhere'
+
+def test_a_value_of_the_environment_is_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv('MDM_TEST_SECRET', '${name} ${oc.env:HOME}')
+    assert load_text(tiny, tmp_path, ['train.output=${oc.env:MDM_TEST_SECRET}']).train.output == '${name} ${oc.env:HOME}'
+
+laughs = 'a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + '\n'.join(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"]*10)}]' for i in range(1, 12))
+doubled = 'name: x\n' + 'model:\n' + '  a0: y\n' + '\n'.join(f'  a{i}: "${{model.a{i - 1}}}${{model.a{i - 1}}}"' for i in range(1, 60))
+multiplied = 'name: x\n' + 'model:\n' + '  a0: y\n' + '\n'.join(f'  a{i}: ["${{model.a{i - 1}}}", "${{model.a{i - 1}}}"]' for i in range(1, 49))
+
+@pytest.mark.parametrize('text,says', [('model: ' + '['*3000, 'nested'), ('model: ' + '{a: '*3000 + '1' + '}'*3000, 'nested'), ('\n'.join(' '*i + 'a:' for i in range(3000)), 'nested'), ('[' * 3000 + ']'*3000, 'nested'),
+    (laughs, 'more than 200,000 values'), ('model: &a [*a]', 'holds itself'), (doubled, 'references'), (multiplied, 'references'), ('model: {a: "${model}"}', 'refers to itself'), ('name: "${name}"', 'refers to itself'), ('\0', 'mine.yaml'), ('name: ' + '9'*5000, 'digits')])
+def test_hostile_yaml_is_refused_at_once(text, says, tmp_path):
+    with pytest.raises(RecipeError) as e: load_text(text, tmp_path)
+    assert says in str(e.value) and len(str(e.value)) < 3000, str(e.value)[:500]
+
+def test_hostile_overrides_are_refused(tmp_path):
+    for o in ('name=' + '['*3000, 'data.files=[' + '{a: '*500 + '1' + '}'*500 + ']', 'a' + '.b'*3000 + '=1', 'name=${name}'):
+        with pytest.raises(RecipeError): load_text(tiny, tmp_path, [o])
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path/'a.yaml').write_bytes(b'name: \xff\xfe')
+    with pytest.raises(RecipeError, match='a.yaml'): load_recipe(tmp_path/'a.yaml')
+    with open(tmp_path/'b.yaml', 'wb') as f: f.truncate(10**11)
+    with pytest.raises(RecipeError, match='b.yaml'): load_recipe(tmp_path/'b.yaml')
+
+def test_plain_references_of_all_kinds(tmp_path):
+    text = tiny + 'train: {steps: 7, warmup_steps: "${.steps}", output: "${name}/${data.image_size}/${..name}", preview_prompts: ["${train.output}", "\\\\${x}"]}'
+    train = load_text(text, tmp_path).train
+    assert (train.warmup_steps, train.output, train.preview_prompts) == (7, 'mine/16/mine', ['mine/16/mine', '${x}'])
+    assert load_text(tiny, tmp_path, ['train.output=runs/${name}']).train.output == 'runs/mine'
+    assert load_text(tiny, tmp_path, ['train={steps: 3, lr: 1e-3}', 'train.betas=[0.5, 0.6]', 'train.betas[-1]=0.7']).train.betas == (.5, .7)
+
+# ---- numbers and trials
+
+def test_no_number_is_beyond_a_computer():
+    values, places = recipe_dict(load_recipe('cc12m_256x256')), []
+    for section in ('train', 'data', 'text', 'diffusion', 'sample'):
+        for k, v in values[section].items():
+            if type(v) is not int: continue
+            values[section][k] = 10**23
+            places.append(f'{section}.{k}')
+    bad = problems(values)
+    assert len(places) > 15 and [o for o in places if not any(p.startswith(o) for p in bad)] == []
+    assert any(p.startswith('model.num_resnets') for p in problems(with_('model.num_resnets', [1, 10**23])))
+
+def test_batch_size_of_the_issue(): assert 'train.batch_size' in problems(with_('train.batch_size', 10**23))[0] and 'train.batch_size' in problems(with_('train.batch_size', 2**30))[0]
+
+def test_a_short_trial_shortens_the_warm_up(tmp_path):
+    with pytest.warns(UserWarning, match='train.steps=10 is less than train.warmup_steps = 60, which is therefore lowered to 1'): recipe = load_recipe('shapes', ['train.steps=10'])
+    assert (recipe.train.steps, recipe.train.warmup_steps) == (10, 1)
+    with pytest.warns(UserWarning, match='sample.steps'): assert load_recipe('shapes', ['diffusion.num_steps=5']).sample.steps == 5
+    with pytest.raises(RecipeError, match='train.warmup_steps: found 60'): load_recipe('shapes', ['train.steps=10', 'train.warmup_steps=60'])
+    with pytest.raises(RecipeError, match='train.warmup_steps: found 9'): load_text(tiny + 'train: {steps: 5, warmup_steps: 9}', tmp_path)
+    with pytest.raises(RecipeError, match='train.warmup_steps: found 99'): load_text(tiny + 'train: {steps: 5}', tmp_path, ['train.warmup_steps=99'])
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert load_recipe('shapes', ['train.steps=100']).train.warmup_steps == 60

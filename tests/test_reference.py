@@ -295,6 +295,54 @@ def test_short_programs_that_would_run_for_ever(main, legacy, tmp_path):
     refuse(tmp_path/'x.pth', 'far larger|instruction DUP')
     assert time.perf_counter() - start < 60
 
+long_text = b'X' + struct.pack('<I', 10**6) + b'x'*10**6
+colliding = b''.join(b'\x8a\x08' + struct.pack('<q', i) + b'\x8a\x08' + struct.pack('<q', 7*i + 1) + b'\x86N' for i in range(6000))
+
+@pytest.mark.parametrize('main, says', [
+    (b']q\x01(' + g('_codecs', 'encode') + b'q\x02' + long_text + u('latin1') + b'\x86q\x03R' + b'h\x02h\x03R'*10_000 + b'e', 'far larger'),         # 10 GB of bytes
+    (b']q\x01(' + g('_codecs', 'encode') + b'q\x02' + b'(' + u('x'*2000) + u('latin1') + b'tq\x03R' + b'h\x02h\x03R'*15_000 + b'e', 'far larger'),
+    (b'](' + b'}q\x04(' + b''.join(b'K%cN' % (i%250) for i in range(3000)) + b'u' + g('ml_mdm.x', 'C') + b'q\x05' + b'h\x05)\x81h\x04b'*10_000 + b'e', 'far larger'),   # copies of a dictionary
+    (b'](' + b']q\x04(' + b'K\x01'*30_000 + b'e' + g('collections', 'OrderedDict') + b'q\x05h\x04\x85q\x06' + b'h\x05h\x06R'*10_000 + b'e', 'far larger'),
+    (b'}(' + colliding + b'u', 'keys that are not texts'), (g('__builtin__', 'set') + b'](' + b''.join(b'M' + struct.pack('<H', i) for i in range(2000)) + b'e\x85R', 'set of thousands'),
+    (b'}(' + b'\x8a\x09' + b'\xff'*8 + b'\x01' + b'Nu', 'more than 64 bits'), (b'](' + b''.join(g('ml_mdm.x', f'C{i}') for i in range(1500)) + b'e', 'far larger')])
+@pytest.mark.parametrize('legacy', [False, True])
+def test_short_programs_that_would_fill_the_memory_or_collide(main, says, legacy, tmp_path):
+    blob = b'\x80\x02' + main + b'.'
+    if legacy: (tmp_path/'x.pth').write_bytes(b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.' + blob)
+    else: pth(tmp_path/'x.pth', blob)
+    refuse(tmp_path/'x.pth', says)
+
+def test_tensors_that_overlap_do_not_multiply(tmp_path):
+    "A thousand names for one storage of a megabyte would be written as a gigabyte."
+    torch.save({f'w{i}': o for x in [torch.zeros(250_000)] for i, o in enumerate([x]*1000)}, tmp_path/'x.pth')
+    refuse(tmp_path/'x.pth', 'overlap')
+    torch.save({f'w{i}': x for x in [torch.zeros(250_000)] for i in range(3)}, tmp_path/'y.pth')                  # tied weights are fine
+    assert len(load_released(tmp_path/'y.pth').state_dict) == 3
+
+def test_the_list_of_parts_is_where_it_says(state, tmp_path):
+    "Whatever other programs might take for the list: a comment behind it, bytes before it, two files in one."
+    torch.save(released(state), tmp_path/'x.pth')
+    whole = (tmp_path/'x.pth').read_bytes()
+    small = tmp_path/'small.zip'
+    with zipfile.ZipFile(small, 'w') as z: z.writestr('archive/data.pkl', b'\x80\x02}.')
+    for bad in (whole + b'x', whole + small.read_bytes(), whole[:-2] + b'\x02\0' + b'hi', whole[:-22] + b'\0'*7 + whole[-22:]):
+        (tmp_path/'y.pth').write_bytes(bad)
+        refuse(tmp_path/'y.pth', 'list of parts')
+    with zipfile.ZipFile(tmp_path/'many.pth', 'w') as z:
+        for i in range(300): z.writestr('archive/' + 'x'*60_000 + str(i), b'')
+    refuse(tmp_path/'many.pth', 'far more parts')
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan'), -1., 2.**70])
+def test_an_impossible_step_is_no_step(value, state, tmp_path):
+    torch.save(released(state) | dict(batch_num=value), tmp_path/'x.pth')
+    assert load_released(tmp_path/'x.pth').step is None
+
+def test_mutated_pickles(tmp_path):
+    "A few hundred of the files of tests/bench/fuzz_checkpoints.py: each is read, or refused."
+    from bench.fuzz_checkpoints import mutant, outcome
+    found = [outcome(mutant(n), tmp_path/'x.pth') for n in range(200)]
+    assert mutant(7) == mutant(7) and len(set(found)) > 20 and found.count('read') > 5 and not any(o == '' for o in found)
+
 def test_texts_are_encoded_as_bytes_only(tmp_path):
     for args in (u('a') + u('punycode') + b'\x86', u('a') + b'\x85', b')', u('a') + u('latin1') + u('strict') + b'\x87', b'N'):
         refuse(pth(tmp_path/'x.pth', entry(g('_codecs', 'encode') + args + b'R')), 'unusual way')

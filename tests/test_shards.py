@@ -350,7 +350,7 @@ def test_tables_that_are_none(tmp_path, name, text, what):
 
 # ---- interruptions
 
-for bar in (tqdm, S.tqdm): bar.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
+tqdm.set_lock(threading.RLock())     # tqdm's own lock is shared with forked children; one that is killed while it holds it would stop us for ever
 
 def killed(work, after):
     "Do some work in a process of its own that is killed when `after()` says so; was it?"
@@ -493,6 +493,37 @@ def test_split_keeps_everything(tmp_path, many):
     before = files(tmp_path/'s')
     split_shards(tmp_path/'all', tmp_path/'s', percent=30, per_shard=7)
     assert files(tmp_path/'s') == before
+
+outside = ('/etc/a.jpg', '../a.jpg', 'b/../../a.jpg', '..\\a.jpg', 'C:\\a.jpg', 'a.jpg\\..\\..\\b')
+
+def test_names_that_leave_the_folder_are_not_passed_on(tmp_path, many):
+    "A tar with good samples and hostile names: split and embed leave the latter out and count them; all else is written with names that stay inside."
+    from mdm.data.embeddings import embed_shards
+    from mdm.data.inspect import BAD_NAME, inspect_shards
+    from mdm.text import TextConfig
+    from mdm.utils.files import stays_inside
+    write_folder(many, tmp_path/'all')
+    with tarfile.open(tmp_path/'hostile.tar', 'w') as out:
+        with tarfile.open(next((tmp_path/'all').glob('*.tar'))) as tar:
+            members = [(m, tar.extractfile(m).read()) for m in tar]
+        picture, text = (next(data for m, data in members if m.name.endswith(end)) for end in (('png', 'jpg'), 'txt'))
+        for name in outside:
+            for file, data in ((name, picture), (os.path.splitext(name)[0] + '.txt', text)):
+                info = tarfile.TarInfo(file); info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+        for m, data in members: out.addfile(m, io.BytesIO(data))
+    train, valid = split_shards([str(tmp_path/'hostile.tar')], tmp_path/'s', percent=50)
+    embedded = embed_shards([str(tmp_path/'hostile.tar')], tmp_path/'e', TextConfig(dim=8))
+    written = [tar for o in ('s/train', 's/valid', 'e') for tar in (tmp_path/o).glob('*.tar')]
+    names = [n for tar in written for n in tarfile.open(tar).getnames()]
+    assert len(names) > 2*len(members) and all(map(stays_inside, names)) and keys(tmp_path/'s'/'train') | keys(tmp_path/'s'/'valid') == keys(tmp_path/'all')
+    assert train['skipped'][BAD_NAME] == embedded['skipped'][BAD_NAME] >= len(outside) - 1
+    assert sum(reason == BAD_NAME for _, _, reason, _ in inspect_shards([str(tmp_path/'hostile.tar')]).bad) == train['skipped'][BAD_NAME]
+
+@pytest.mark.parametrize('name', outside)
+def test_no_writer_takes_a_name_that_leaves_the_folder(tmp_path, name):
+    key, ext = name.rsplit('.', 1) if name.count('.jpg\\') == 0 else name.split('.', 1)
+    with tarfile.open(tmp_path/'a.tar', 'w') as tar, pytest.raises(ValueError, match='outside'): add_sample(tar, {'__key__': key, ext: b'x'})
 
 def test_split_is_stable(tmp_path, many):
     "Other pictures come, some go: nobody changes sides. A larger percentage only adds"
@@ -646,7 +677,6 @@ def test_a_log_file_gets_no_progress_bar(tmp_path, monkeypatch, file, shown):
     "A bar on a terminal; where the errors go into a file, nothing"
     put(tmp_path/'in', 'a.jpg', saved(red, 'JPEG'))
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    monkeypatch.setattr(S, 'tqdm', tqdm)
     monkeypatch.setattr(sys, 'stderr', err := file())
     write_folder(tmp_path/'in', tmp_path/'out', bar=True)
     assert ('pictures' in err.getvalue()) == shown

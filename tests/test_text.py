@@ -230,3 +230,22 @@ def test_hash_takes_any_string(text):
 def test_import_is_light():
     code = "import sys, mdm.text as t; t.create_text_encoder('hash')(['dog']); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+# ---- prompts that are cut
+
+@pytest.mark.parametrize('prompt, rest', [('', ''), ('a red circle', ''), (' '.join(['w']*127), ''), (' '.join(['w']*127) + ' ', ''), (' '.join(['a']*127) + ' end here', 'end here'), ('x'*512, ''), ('x'*512 + 'yz', 'yz'),
+    (', '*300, None), (' '.join(['Größe']*200), None)])
+def test_what_is_cut_is_told(prompt, rest):
+    "What is left, encoded alone, gives the same; what is reported is all that is missing."
+    encoder = create_text_encoder('hash', dim=8)
+    found = encoder.cut(prompt)
+    assert found == rest or rest is None and found
+    assert prompt.endswith(found)
+    kept = prompt[:len(prompt) - len(found)]
+    assert torch.equal(encoder([prompt])[0], encoder([kept])[0]) and encoder.cut(kept) == ''
+
+def test_cuts_of_many_prompts():
+    encoder = create_text_encoder('hash', dim=8, max_tokens=3)
+    assert encoder.describe_cuts(['a b', 'c']) == ''
+    assert "the prompt 'a b c d'... is longer" in (one := encoder.describe_cuts(['a b c d', 'a b', 'a b c d'])) and "3 characters are left out, from 'c d'" in one and '\n' not in one
+    assert '2 prompts are longer' in encoder.describe_cuts(['a b c', 'a b c d'])

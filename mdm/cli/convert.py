@@ -8,7 +8,7 @@ __all__ = ['check_nothing_lost', 'mdm_convert']
 # %% ../../nbs/5_edges/08_convert.ipynb #812ff8cc
 import argparse
 from pathlib import Path
-from .command import make_parser, run_command
+from .command import check_output, make_parser, run_command, verify_checkpoints
 
 # %% ../../nbs/5_edges/08_convert.ipynb #f07e03e1
 def check_nothing_lost(
@@ -27,6 +27,8 @@ def _convert_command(
 ):
     "Convert a model, and print where it is."
     check_nothing_lost(args.dst)
+    check_output(args.dst, folder=Path(args.dst).suffix != '.pth')
+    if args.verify: verify_checkpoints(args.src)
     from mdm.reference.checkpoints import convert
     print(convert(args.src, Path(args.dst), args.recipe))
 
@@ -42,6 +44,7 @@ def mdm_convert(
     add('src', metavar='SRC', help='a .pth file, a checkpoint folder, or the output folder of mdm_train')
     add('dst', metavar='DST', help='a folder, or a file that ends in .pth')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
+    add('--verify', action='store_true', help='compare all files of SRC with their checksums first')
     return run_command(parser, _convert_command, argv)
 
 # %% ../../nbs/5_edges/08_convert.ipynb #31168275

@@ -9,7 +9,7 @@ __all__ = ['clean_demo', 'demo_recipe', 'draw_captions', 'mdm_demo']
 import argparse, json, shlex, shutil
 from contextlib import ExitStack
 from pathlib import Path
-from .command import at_least, make_parser, run_command
+from .command import at_least, check_output, make_parser, run_command
 from .sample import make_sheet, sample_with_bar, save_png
 
 # %% ../../nbs/5_edges/09_demo.ipynb #892e3723
@@ -81,6 +81,7 @@ def _demo_command(
     from mdm.training.run import run_training
     from mdm.utils.files import only_writer
     out, recipe = Path(args.output), demo_recipe(args)
+    if not out.is_file(): check_output(out)                  # a file is refused by `clean_demo`
     t = recipe.train
     with ExitStack() as lock:
         if out.is_dir() or not out.exists(): lock.enter_context(only_writer(out))         # one demo at a time

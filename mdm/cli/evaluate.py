@@ -6,7 +6,7 @@
 __all__ = ['stage_bars', 'process_device', 'print_table', 'check_evaluate_flags', 'report_evaluation', 'mdm_evaluate']
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #4ce4bb75
-import argparse, os
+import argparse, os, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from .command import *
@@ -18,13 +18,12 @@ def stage_bars(
     shown:bool=True, # False: none
 ): # a context that yields `progress(what, done, in all or None)`
     "A progress bar for each stage of some work, one after another."
-    from tqdm import tqdm
+    from mdm.utils.progress import bar as start_bar
     bars = {}
     def progress(what, done, total):
         if what not in bars:
             for bar in bars.values(): bar.close()
-            bars[what] = tqdm(desc=what, total=total, unit='picture', dynamic_ncols=True,
-                disable=None if shown else True)
+            bars[what] = start_bar(None, what, total, 'pictures', show=shown)
         bars[what].update(done - bars[what].n)
     try: yield progress
     finally:
@@ -108,9 +107,12 @@ def _evaluate_command(
     from mdm.utils.ranks import rank_and_world
     captions, out = args.captions and read_captions(args.captions), Path(args.output or 'evaluation')
     rank, world = rank_and_world()
+    if not rank: check_output(out)
+    if args.verify: verify_checkpoints(args.checkpoint)
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
         device=process_device(args.device))
     sample = pipe.config(**sampling_wishes(args))
+    if captions and (cut := pipe.encoder.describe_cuts(captions)): warnings.warn(cut)
     config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
     config.name = config.name or str(args.checkpoint)
     where = f"{pipe.device.type}{f', {world} processes' if world > 1 else ''}"

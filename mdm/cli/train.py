@@ -75,7 +75,7 @@ def wanted_recipes(
     args:argparse.Namespace, # of `mdm_train`
 )->list: # one `Recipe`, or one for each stage; raises ValueError
     "Read the recipe that the flags describe, or those of all stages."
-    from mdm.recipe import load_recipe
+    from mdm.recipe import load_recipe, lost_references
     (names, overrides), (data, more) = split_overrides(args.rest), split_overrides(args.data)
     if args.stages and args.distill: raise ValueError('--stages and --distill: give one of them')
     others = args.stages or args.distill
@@ -96,6 +96,7 @@ def wanted_recipes(
         recipe = distill_recipe(args.distill, changes, data)
     else: recipe = with_data(load_recipe(source, changes))
     if args.output: recipe.train.output = args.output
+    if lost := lost_references(recipe): raise ValueError('\n- '.join([f'{source or args.distill}:', *lost]))
     return [recipe]
 
 # %% ../../nbs/5_edges/06_train.ipynb #94b158d0

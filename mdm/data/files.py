@@ -25,8 +25,9 @@ import fsspec
 from braceexpand import braceexpand
 from fastcore.basics import patch
 from fsspec.utils import glob_translate
-from tqdm import tqdm
+from ..utils.files import stays_inside
 from ..utils.plugins import load_formats
+from ..utils.progress import bar as start_bar
 
 # %% ../../nbs/2_data/02_files.ipynb #b95ba00c
 def redact(
@@ -636,7 +637,7 @@ class _Targets(dict):
     "Name of each copy, relative to the folder -> (address, `FileInfo` or None)."
     def put(self, name, path, info=None):
         "Add a copy and those that it refers to. Raises `ValueError` for a name outside the folder, or a taken one."
-        if name.startswith('..') or os.path.isabs(name) or '://' in name:
+        if not stays_inside(name) or '://' in name:
             raise ValueError(f'{redact(path)} would be copied to {redact(name)!r}, outside the folder')
         known = self.get(name)
         if known and known[0] != path:
@@ -739,7 +740,8 @@ def download(
     "Copy files to this machine. Raises what `list_files` raises, `ValueError`, and `OSError` when the disk is full."
     if not 0 <= part < parts: raise ValueError(f'part is {part}, but with parts={parts} it must be from 0 to {parts-1}')
     failed, share = {}, list(_targets(selection).items())[part::parts]
-    stop, bar = threading.Event(), tqdm(unit='B', unit_scale=True, disable=None if progress else True)
+    stop = threading.Event()
+    bar = start_bar(None, 'download', None, 'MB', show=progress, scale=1e6, unit_scale=1e-6)
     def one(item):
         name, (path, info) = item
         try: return _copy(info or file_info(path), Path(folder)/name, stop, bar)

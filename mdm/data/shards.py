@@ -17,13 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 from .configs import FolderConfig, ShardsConfig
 from .files import CAPTION_COLUMNS, MANIFEST, pick_column, read_manifest, read_table
 from .samples import BAD_PICTURE, PICTURES, Skip, decoded, explain_kind, get_caption, load_picture, open_image
 from ..utils.configs import changed
-from ..utils.files import atomic_write, only_writer
+from ..utils.files import atomic_write, only_writer, stays_inside
 from ..utils.pictures import profile_fault
+from ..utils.progress import bar as start_bar
 
 # %% ../../nbs/2_data/07_shards.ipynb #b5335ec8
 def write_manifest(
@@ -38,10 +38,11 @@ def add_sample(
     tar:tarfile.TarFile, # a tar that is being written
     sample:dict, # `__key__`, and bytes by extension
 ):
-    "Write the files of one sample into a tar."
+    "Write the files of one sample into a tar. Raises `ValueError` for a name that leaves the folder."
     for ext, data in sample.items():
         if ext.startswith('__'): continue
         info = tarfile.TarInfo(f"{sample['__key__']}.{ext}")
+        if not stays_inside(info.name): raise ValueError(f'{info.name!r} would be unpacked outside of its folder')
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
@@ -388,11 +389,9 @@ def items_bar(
     total:int|None, # how many there will be; None: unknown
     show:bool=True, # False: no bar
     done:int=0, # how many an earlier run has done
-)->tqdm: # gives the same items, and draws the bar
+): # a bar, or plain lines where there is no terminal: gives the same items, and draws the bar
     "A progress bar with the rate."
-    hidden = not show or bool(os.environ.get('TQDM_DISABLE'))
-    hidden = hidden or None                                  # for tqdm, None means hidden unless on a terminal
-    return tqdm(items, unit, total, initial=done, unit=f' {unit}', disable=hidden)
+    return start_bar(items, unit, total, unit, done, show)
 
 # %% ../../nbs/2_data/07_shards.ipynb #9485eca5
 def result_or_skip(

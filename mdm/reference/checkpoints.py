@@ -87,9 +87,11 @@ class _Item(NamedTuple):
     "What is known of an object on the stack."
     value: object = None     # a number, a text, a `_Name`, or a tuple of such values; None: anything else
     size: int = 1            # of a tuple: 1 and the sizes of its parts; all else counts as 1
+    counts: tuple = ()       # of what can grow: a list with the number of its entries; of a tuple: those of its parts
 
 class _Name(str): "The dotted name of something that the file fetches."
 _mark = _Item('mark')        # start of a list of arguments on the stack
+_magic = 0x1950a86a20f9469cfc6c # the first number of a file from before 2020
 
 _instructions = set('''PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS
     TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET
@@ -104,6 +106,7 @@ class PickleFacts:
     value: object = None                            # the object that it builds, if that is simple
     stack: list = field(default_factory=list)       # of `_Item`, as the walk goes on
     memo: dict = field(default_factory=dict)        # of `_Item` by number, for what occurs again
+    odd_keys: int = 0                               # keys of dictionaries that are no texts
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #a2223b1c
 @patch
@@ -129,12 +132,33 @@ def _storage(self:PickleFacts, pid):
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #95bbb872
 @patch
+def _grow(self:PickleFacts, name, parts):
+    "Count what is put into a list or dictionary."
+    for count in parts[0].counts: count[0] += len(parts) - 1
+    if not name.startswith('SETITEM'): return
+    self.odd_keys += sum(not isinstance(o.value, str) for o in parts[1::2])
+    _require(self.odd_keys <= 5_000, 'its dictionaries have thousands of keys that are not texts')
+
+@patch
+def _call(self:PickleFacts, name, parts):
+    "The size of what a call makes from its arguments, beyond 1."
+    what, args = parts[0].value, parts[1].value
+    copied = sum(count[0] for o in parts[1:] for count in o.counts)
+    if name == 'REDUCE' and what == '_codecs.encode':                      # bytes, which protocol 2 writes as text
+        _require(isinstance(args, tuple) and args[1:] == ('latin1',), 'it encodes a text in an unusual way')
+        return len(args[0]) if isinstance(args[0], str) else 0
+    if what == 'builtins.set': _require(copied <= 1_000, 'it holds a set of thousands of things')
+    return copied
+
+# %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #ad32c6ca
+@patch
 def _step(self:PickleFacts, op, arg):
     "Follow one instruction; returns the object that it leaves on the stack."
     name = op.name
     _require(name != 'PROTO' or arg == 2, f'it is a pickle of protocol {arg}, and torch.save writes protocol 2. '
                                           'Save a file of your own again with torch.save')
     _require(name in _instructions, f'it holds the instruction {name}, which torch.save does not write')
+    _require(name != 'LONG1' or -2**63 <= arg < 2**63 or arg == _magic, 'it holds a number of more than 64 bits')
     if name.endswith('PUT'):
         self.memo[arg] = self.stack[-1]
         return _Item()
@@ -145,16 +169,35 @@ def _step(self:PickleFacts, op, arg):
     elif name == 'GLOBAL':
         new = _Item(_Name(_allowed_name(arg)))
         self.names.add(new.value)
-    elif 'TUPLE' in name: new = _Item(tuple(o.value for o in parts), 1 + sum(o.size for o in parts))
+    elif 'TUPLE' in name:
+        values, counts = tuple(o.value for o in parts), sum((o.counts for o in parts), ())
+        new = _Item(values, 1 + sum(o.size for o in parts), counts)
+    elif name.startswith('EMPTY'): new = _Item(counts=([0],))
+    elif name.startswith(('APPEND', 'SETITEM')):
+        self._grow(name, parts)
+        new = parts[0]
     elif name == 'BINPERSID': self._storage(parts[0].value)
     elif name == 'STOP': self.value = parts[0].value
-    elif name == 'REDUCE' and parts[0].value == '_codecs.encode':          # bytes, which protocol 2 writes as text
-        args = parts[1].value
-        _require(isinstance(args, tuple) and args[1:] == ('latin1',), 'it encodes a text in an unusual way')
+    elif name == 'BUILD': new = parts[0]._replace(size=1 + self._call(name, parts))
+    elif name in ('REDUCE', 'NEWOBJ'): new = _Item(size=1 + self._call(name, parts), counts=([0],))
     if op.stack_after: self.stack.append(new)
     return new
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #e088731b
+class _Limited:
+    "A file of which a pickle may take so many bytes."
+    def __init__(self, file, most=64_000_000): self.file, self.left = file, most
+
+    def _count(self, found):
+        self.left -= len(found)
+        _require(self.left >= 0, 'it is far larger than a checkpoint needs to be')
+        return found
+
+    def read(self, n): return self._count(self.file.read(min(n, self.left + 1)))
+    def readline(self): return self._count(self.file.readline(self.left + 1))
+    def tell(self): return self.file.tell()
+
+# %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #e632f968
 def inspect_pickle(
     file, # open binary file at the start of a pickle; it is left behind the end of it
     limit:int=2_000_000, # most instructions
@@ -163,10 +206,11 @@ def inspect_pickle(
     "Read the instructions of a pickle without running them. Raises `UnsafeCheckpoint`."
     facts, work = PickleFacts(), 0
     try:
-        for n, (op, arg, _) in enumerate(pickletools.genops(file)):
+        for n, (op, arg, _) in enumerate(pickletools.genops(_Limited(file))):
             size = facts._step(op, arg).size
             work += size
-            fine = n < limit and size <= tuples and work <= 10*limit
+            fine = size <= tuples or 'TUPLE' not in op.name
+            fine = fine and n < limit and work <= 10*limit and len(facts.names) <= 1_000
             _require(fine, 'it is far larger than a checkpoint needs to be')
     except UnsafeCheckpoint: raise
     except (ValueError, IndexError, KeyError, OverflowError, EOFError, AssertionError, MemoryError, struct.error) as e:
@@ -186,8 +230,25 @@ def _part_start(file, entry, size):
     return start
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #2599171e
+def _check_directory(file, size, most=16_000_000):
+    "Check where the list of a zip file's parts is. Raises `UnsafeCheckpoint`."
+    file.seek(max(0, size - 98))
+    tail, wrong = file.read(), 'it is damaged or was cut short (its list of parts is not at its end)'
+    _require(len(tail) >= 22 and tail[-22:-18] == b'PK\5\6' and tail[-2:] == b'\0\0', wrong)
+    length, start = struct.unpack('<LL', tail[-10:-2])
+    end = size - 22
+    if tail[-42:-38] == b'PK\6\7':                         # the longer form, of files over 4 GB and of PyTorch
+        _require(len(tail) == 98 and tail[:4] == b'PK\6\6', wrong)
+        length, start = struct.unpack('<QQ', tail[40:56])
+        end = size - 98
+        _require(struct.unpack('<Q', tail[-34:-26])[0] == end, wrong)
+    _require(start + length == end, wrong)
+    _require(length <= most, 'it has far more parts than a checkpoint needs')
+
+# %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #d50e94ce
 def _inspect_zip(file, size):
     "Check a zip file of `torch.save`; gives the names that its pickle fetches."
+    _check_directory(file, size)
     try:
         with zipfile.ZipFile(file) as z: entries = z.infolist()
         starts = {e.filename: _part_start(file, e, size) for e in entries}
@@ -203,14 +264,13 @@ def _inspect_zip(file, size):
         file.seek(starts[root + name])
         return file.read(parts[root + name])
     if root + 'byteorder' in parts: _require(read('byteorder') == b'little', 'its numbers are not little-endian')
+    _require(parts[root + 'data.pkl'] <= 64_000_000, 'its pickle is far larger than a checkpoint needs to be')
     facts = inspect_pickle(io.BytesIO(read('data.pkl')))
     for k, n in facts.storages.items():
         _require(parts.get(f'{root}data/{k}', -1) >= n, f'its storage {k} is missing or shorter than it claims')
     return facts.names
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #10f4f8f1
-_magic = 0x1950a86a20f9469cfc6c
-
 def _inspect_legacy(file, size):
     "Check a file of `torch.save` from before 2020; gives the names that its pickles fetch."
     _require(inspect_pickle(file).value == _magic, 'it is not a file of torch.save')
@@ -283,11 +343,15 @@ def load_released(
         state = _plain_map(content if bare else content.pop('state_dict'), 'its state_dict')
         _require(all(isinstance(k, str) for k in state), 'its state_dict has names that are not text')
         tensors = strip_prefix({k: _own_tensor(v, k) for k, v in state.items()})
+        total = sum(v.numel()*v.element_size() for v in tensors.values())
+        most = 2*path.stat().st_size + 1_000_000
+        _require(total <= most, f'its tensors overlap: they have {total:,} bytes in all')
     except UnsafeCheckpoint as e: raise UnsafeCheckpoint(f'{path} was not loaded: {e}.') from None
     others = {} if bare else content
     stats = {k: n for k, v in others.items() if isinstance(k, str) and (n := _number(v)) is not None}
     step = stats.pop('batch_num', None)
-    return ReleasedCheckpoint(tensors, None if step is None else int(step), others.get('args'), stats)
+    step = int(step) if step is not None and 0 <= step < 2**63 else None
+    return ReleasedCheckpoint(tensors, step, others.get('args'), stats)
 
 for _ending in ('.pth', '.pt'): checkpoint_formats[_ending] = lambda path: load_released(path).state_dict
 
@@ -304,7 +368,11 @@ def save_released(
     weights = {k: v.detach().cpu() for k, v in state_dict.items()}
     losses = dict(loss=0., best_avg_loss=math.inf, exp_avg_loss=0., exp_avg_loss_var=0.)
     content = dict(state_dict=weights, batch_num=step, **losses, args=argparse.Namespace(**(args or {})))
-    with atomic_write(path) as f: torch.save(content, f)
+    with atomic_write(path) as f:
+        try: torch.save(content, f)
+        except RuntimeError as e:                            # of PyTorch's writer, on top of what the file raised
+            cause = e.__context__ if isinstance(e.__context__, OSError) else str(e).splitlines()[0]
+            raise OSError(f'{path} could not be written: {cause}') from None
     return path
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #f957b0cf
@@ -315,7 +383,7 @@ def _folder_to_file(folder, path):
     settings = to_reference(checkpoint.recipe)
     save_released(path, checkpoint.weights(), checkpoint.step, settings)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    path.with_suffix('.yaml').write_text(text, encoding='utf-8')
+    with atomic_write(path.with_suffix('.yaml')) as f: f.write(text.encode())
     return path
 
 def _file_to_folder(path, folder, recipe):

@@ -26,13 +26,14 @@ from ..diffusion.schedule import convert, from_x0
 from ..diffusion.settings import SampleConfig
 from ..diffusion.solvers import choose_steps, half_logsnr, jump, jump_target, threshold
 from ..models.nested_unet import model_scales
-from ..recipe import DistillConfig, Recipe, escaped, apply_overrides, build_recipe, recipe_dict
+from ..recipe import DistillConfig, Recipe, apply_overrides, build_recipe, recipe_dict, remember_references
 from ..text import TextEncoder
 from .callbacks import callback_order
 from .learner import MDMLearner, mdm_learner
 from .run import run_training
 from ..utils.pictures import pixels_to_signal
 from ..utils.files import bundled, readable
+from ..utils.references import escaped
 
 # %% ../../nbs/3_training/11_distill.ipynb #63c278a5
 def draw_starts(
@@ -279,9 +280,9 @@ def distill_recipe(
     values['train'] |= dict(steps=steps, batch_size=batch, lr=t.lr/3, caption_dropout=0.,
         warmup_steps=min(t.warmup_steps, steps//10), freeze_inner_steps=0, output='runs/${name}')
     values['sample'] = dict(solver='consistency', segments='${distill.segments}', steps=4, guidance=1., threshold='none')
-    if files: values['data']['files'] = list(files)
-    values, problems = apply_overrides(values, overrides)
-    recipe = build_recipe(values, f'a student of {path}', False, problems)
+    if files: values['data']['files'] = escaped(list(files))
+    changed, problems = apply_overrides(values, overrides)
+    recipe = remember_references(build_recipe(changed, f'a student of {path}', False, problems), values, overrides)
     if not recipe.data.files:
         raise ValueError(f'the recipe of {path} names no pictures: name shards with --data (data.files), those of the '
                          'teacher if they are there, or others with captions like theirs')

@@ -19,7 +19,7 @@ from fastai.learner import CancelFitException, Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
-from ..checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, write_safetensors
+from ..checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, verify_files, write_safetensors
 from ..models.adapters import adapter_state, has_adapter, load_adapter_state
 from ..recipe import Recipe, recipe_dict, save_recipe
 from .callbacks import Every, callback_order
@@ -199,7 +199,9 @@ def newest_checkpoint(
     found = [*folder.glob(f'step_{_number}'), *folder.glob(f'.step_{_number}.old')]
     names, damaged = sorted({p.name.removeprefix('.').removesuffix('.old') for p in found}), []
     for name in reversed(names):
-        try: checkpoint = load_checkpoint(folder/name)
+        try:
+            checkpoint = load_checkpoint(folder/name)
+            verify_files(checkpoint.folder)
         except (OSError, ValueError) as e:
             damaged.append(str(e))
             continue
