@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count, islice, repeat
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -27,6 +27,7 @@ from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, re
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
 from ..utils.ranks import rank_and_world
+from ..utils.sizes import SizeQueues, bucket_sizes, leftover_batches, short_batches
 
 # %% ../../nbs/2_data/04_stream.ipynb #645284a2
 @config_class
@@ -40,6 +41,13 @@ class DataConfig:
     shuffle:int=2000 # samples in each worker's shuffle buffer; 0: the order of the shards
     workers:int=2 # worker processes that read and decode; 0: none
     embeddings:bool=False # captions bring their text embeddings, made by `mdm_dataset embed`
+    buckets:list[str] = field(default_factory=list) # sizes that batches have, such as [64x64, 48x80, 80x48], or [auto]; none: squares of image_size
+    bucket_step:int|None=None # sides of the sizes of [auto] are multiples of this; None: image_size/8
+
+    @property
+    def sizes(self)->list[tuple[int, int]]: # (width, height) each; []: squares only
+        "The sizes that batches have."
+        return bucket_sizes(self.buckets, self.image_size, self.bucket_step)
 
     def rules(self):
         n, weights = len(self.files), self.weights
@@ -49,7 +57,16 @@ class DataConfig:
             (self.workers < 0, 'workers', '0 or more'),
             (self.shuffle < 0, 'shuffle', '0 or more'),
             (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
-            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null')]
+            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
+            *_bucket_rules(self)]
+
+def _bucket_rules(c):
+    "Rules about the sizes of batches."
+    step = c.bucket_step
+    if step is not None and step < 1: return [(True, 'bucket_step', 'a number above 0, or null')]
+    try: c.sizes
+    except ValueError as e: return [(True, 'buckets', f'[auto], or sizes such as [64x64, 48x80, 80x48] ({e})')]
+    return [(step is not None and c.buckets != ['auto'], 'bucket_step', 'null: only {place}.buckets = [auto] has a step')]
 
 # %% ../../nbs/2_data/04_stream.ipynb #ab22943a
 @dataclass
@@ -224,7 +241,7 @@ def shuffled(
 
 # %% ../../nbs/2_data/04_stream.ipynb #a34ac010
 class PictureStream(IterableDataset):
-    "One process's share of an epoch: (pictures `[n,3,S,S]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
+    "One process's share of an epoch: (pictures `[n,3,H,W]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
     def __init__(self,
         shards:list, # `Shard`s, not empty
         config:DataConfig, # image size, crop, epoch size, shuffle buffer, weights
@@ -238,6 +255,7 @@ class PictureStream(IterableDataset):
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
+        self.sizes = config.sizes # of batches; []: squares only
         self.keys = (*PICTURES, 'txt', 'json', *['emb.npy']*config.embeddings)
         mix = config.weights if train else None
         self.sources = [[s for s in shards if s.source == k] for k in range(len(mix))] if mix else [shards]
@@ -264,7 +282,8 @@ def share(self:PictureStream,
 )->tuple[int, int]: # (first place, one past the last place) in the endless row
     "The places of a reader in an epoch."
     at = (self.epoch if epoch is None else epoch)*self.size if self.train else 0
-    return at + self.size*k//n, at + self.size*(k+1)//n
+    unit = self.batch_size if self.sizes and self.endless else 1               # a reader makes whole batches of one size
+    return at + self.size//unit*k//n*unit, at + self.size//unit*(k+1)//n*unit
 
 @patch
 def bookmark(self:PictureStream,
@@ -276,7 +295,8 @@ def bookmark(self:PictureStream,
     "The bookmark of a reader at the beginning of an epoch, or a little later."
     at, stop = self.share(self.rank*workers + worker, self.world*workers, epoch)
     used = min(used, stop - at)
-    return dict(at=at, stop=stop, used=used, good=used, barren=0)
+    mark = dict(at=at, stop=stop, used=used, good=used, barren=0)
+    return dict(**mark, held=[], moved=0) if self.sizes else mark
 
 # %% ../../nbs/2_data/04_stream.ipynb #b24b71c2
 @patch
@@ -322,12 +342,14 @@ def _items(self:PictureStream, start, stop, used):
 
 # %% ../../nbs/2_data/04_stream.ipynb #2e63ee6d
 @patch
-def _decode(self:PictureStream, sample, place):
-    "(array [S,S,3], caption, scale) of a sample. Raises `Skip`."
+def _decode(self:PictureStream, sample, place, sizes=None):
+    "(array [H,W,3], caption, scale) of a sample; with buckets, its place and the sample itself follow. Raises `Skip`."
     if isinstance(sample, Skip): raise Skip(*sample.args)
     rng, where = random.Random(f'{self.seed}/place {place}'), (.5, .5)
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
-    return decode_sample(sample, self.config.image_size, where, self.config.embeddings)
+    sizes = sizes or self.sizes
+    found = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings)
+    return (*found, place, sample) if sizes else found
 
 @patch
 def _stretch(self:PictureStream, name, at, stop, used):
@@ -357,6 +379,32 @@ def _next_stretch(self:PictureStream, mark):
     gaps = places - good if self.endless else 0
     mark.update(at=stop, stop=stop + gaps, used=0, good=0, barren=0 if good else mark['barren'] + places)
 
+# %% ../../nbs/2_data/04_stream.ipynb #d96a4381
+@patch
+def _waiting(self:PictureStream, mark, skipped):
+    "The pictures that wait according to a bookmark, in order of arrival."
+    if not mark['held']: return
+    first, stop, wanted = min(mark['held']), max(mark['held']) + 1, {*mark['held']}
+    others = [p - first for p in range(first, stop) if p not in wanted]
+    found = {p: s for p, s in self._items(first, stop, others) if p in wanted}
+    for p in [*mark['held']]:
+        try: yield self._decode(found[p], p)
+        except Skip as e: skipped.update(e.args)
+
+@patch
+def _one_size(self:PictureStream, pictures, mark, skipped):
+    "Batches of one size each; `mark` is changed in place."
+    queues = SizeQueues(self.batch_size)
+    for picture in chain(self._waiting(mark, skipped), pictures):
+        batch = queues.add(picture[-2], picture[0].shape[1::-1], picture)
+        if not batch: continue
+        mark['held'] = queues.places
+        yield batch
+    for size, group in (leftover_batches if self.train else short_batches)(queues):
+        mark.update(held=queues.places, moved=mark['moved'] + sum(own != size for own, _ in group))
+        yield [p if own == size else self._decode(p[-1], p[-2], [size]) for own, p in group]
+    mark['held'] = queues.places
+
 # %% ../../nbs/2_data/04_stream.ipynb #a69b79b1
 def _take(counter):
     "A counter's content; the counter is empty afterwards."
@@ -366,14 +414,15 @@ def _take(counter):
 
 @patch
 def _chunks(self:PictureStream):
-    "Chunks, as the class says; what is left of `skipped` comes in a last one without pictures."
+    "Chunks, as the class says; what is left, skipped or waiting, is told in a last one without pictures."
     info, skipped = get_worker_info(), Counter()
     worker, workers = ((info.id + self.first)%info.num_workers, info.num_workers) if info else (0, 1)
     mark = dict(self.bookmarks[worker]) if self.bookmarks else self.bookmark(worker, workers)
     name = f'reader {self.rank*workers + worker} of {self.world*workers}'
     pictures = self._pictures(name, mark, skipped)
-    while chunk := list(islice(pictures, self.batch_size)):
-        imgs, captions, scales = zip(*chunk)
+    few = iter(lambda: list(islice(pictures, self.batch_size)), [])
+    for chunk in self._one_size(pictures, mark, skipped) if self.sizes else few:
+        imgs, captions, scales, *_ = zip(*chunk)
         imgs = torch.from_numpy(np.stack(imgs)).permute(0, 3, 1, 2).contiguous()
         yield imgs, list(captions), torch.tensor(scales).float(), _take(skipped), (worker, dict(mark))
-    if skipped: yield None, [], None, _take(skipped), (worker, dict(mark))
+    if skipped or mark.get('held'): yield None, [], None, _take(skipped), (worker, dict(mark))
