@@ -197,7 +197,6 @@ def test_a_training_stopped_among_rectangles_goes_on_exactly(tmp_path):
         torch.manual_seed(0)
         return mdm_learner(create_dls(recipe.data, 4, device='cpu'), recipe)
     def fit(learn, *cbs):
-        torch.manual_seed(1)
         with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn.fit_steps(9, cbs=cbs)

@@ -11,6 +11,7 @@ import math, os, random, tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, count, islice, repeat
@@ -21,9 +22,10 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from .files import (FileInfo, MANIFEST, TARS, file_info, is_tar, known_shards, list_files, open_file, redact,
-                            resolve_sibling)
+from .files import (FileInfo, MANIFEST, TARS, copy_file, file_info, is_remote, is_tar, known_shards, list_files, open_file,
+                            reading_copy, redact, resolve_sibling)
 from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
+from ..utils.cache import FileCache
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
 from ..utils.ranks import rank_and_world
@@ -43,6 +45,8 @@ class DataConfig:
     embeddings:bool=False # captions bring their text embeddings, made by `mdm_dataset embed`
     buckets:list[str] = field(default_factory=list) # sizes that batches have, such as [64x64, 48x80, 80x48], or [auto]; none: squares of image_size
     bucket_step:int|None=None # sides of the sizes of [auto] are multiples of this; None: image_size/8
+    cache:str|None=None # folder on this machine that keeps copies of remote shards; null: read them over the network every time
+    cache_gb:float=50. # gigabytes that these copies may take; those used least recently go first
 
     @property
     def sizes(self)->list[tuple[int, int]]: # (width, height) each; []: squares only
@@ -58,6 +62,7 @@ class DataConfig:
             (self.shuffle < 0, 'shuffle', '0 or more'),
             (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
             (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
+            (self.cache_gb <= 0, 'cache_gb', 'a number above 0'),
             *_bucket_rules(self)]
 
 def _bucket_rules(c):
@@ -255,6 +260,7 @@ class PictureStream(IterableDataset):
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
+        self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
         self.sizes = config.sizes # of batches; []: squares only
         self.keys = (*PICTURES, 'txt', 'json', *['emb.npy']*config.embeddings)
         mix = config.weights if train else None
@@ -310,10 +316,28 @@ def order(self:PictureStream,
     return shards
 
 @patch
+@contextmanager
+def _cached(self:PictureStream, shard):
+    "Read a remote shard from the cache, if there is one. Yields the key of the copy, or None."
+    if not (self.cache and is_remote(shard.tar)):
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            info = file_info(shard.tar)
+            known = info.size is not None and info.tag       # otherwise a change would go unnoticed
+            copy = known and stack.enter_context(self.cache.hold(info.key, info.name, info.size, partial(copy_file, info)))
+        except OSError: copy = None                          # `read_shard` finds the reason, and counts it
+        stack.enter_context(reading_copy(shard.tar, copy))
+        yield info.key if copy else None
+
+@patch
 def _piece(self:PictureStream, shard, start, stop):
     "One item for each sample of a piece. The first one that is missing gives the reasons."
     skipped, n = Counter(), 0
-    for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys), 1): yield sample
+    with self._cached(shard) as key:
+        for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys), 1): yield sample
+    if key and n < stop - start: self.cache.remove(key)      # the copy may be damaged: fetch it again next time
     if n < stop - start: yield Skip(*skipped.elements())
     yield from repeat(Skip(), stop - start - n - 1)
 
