@@ -65,9 +65,11 @@ def _settings(self:PictureLoader):
     data, config = self.dataset, self.dataset.config
     counts = [[s.count for s in source] for source in data.sources]
     samples = [[sum(c), zlib.crc32(repr(c).encode())] for c in counts]
+    usual = DataConfig()
+    names = [k for k in ('filters', 'shuffle_mb') if getattr(config, k) != getattr(usual, k)]
     return dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed,
                 train=data.train, shuffle=config.shuffle, epoch=data.size, samples=samples,
-                weights=[*config.weights] if config.weights else None)
+                weights=[*config.weights] if config.weights else None, **{k: getattr(config, k) for k in names})
 
 @patch
 def _place(self:PictureLoader, epoch, batch=0):
@@ -139,8 +141,20 @@ def _report(self:PictureLoader, place, left):
         more = ' more' if place['batch'] else ''
         raise ValueError(f'data files: {left or "no"}{more} usable pictures in {some}, '
                          f'not enough for a batch of {self.bs} ({what})')
-    kind = 'training' if self.dataset.train else 'validation'
-    if self.skipped: warnings.warn(f'epoch {place["epoch"]} of the {kind} data: {what}', stacklevel=4)
+    kind = f'epoch {place["epoch"]} of the {"training" if self.dataset.train else "validation"} data'
+    if self.skipped: warnings.warn(f'{kind}: {what}', stacklevel=4)
+    if dry := self._dry_sources(place):
+        warnings.warn(f'{kind}: no usable pictures in {redact(dry)}, so pictures of the other data.files took their place '
+                      'and data.weights were not kept', stacklevel=4)
+
+@patch
+def _dry_sources(self:PictureLoader, place):
+    "The entries of `files` that did not have a usable picture for a whole pass, although others had."
+    data, dry = self.dataset, set()
+    if len(data.sources) == 1: return []
+    for reader in map(data._whole_bookmark, place['readers']):
+        dry |= {k for k, n in enumerate(reader['barren']) if n >= data.counts[k]}
+    return [data.config.files[k] for k in sorted(dry)]
 
 @patch
 def __iter__(self:PictureLoader):
@@ -172,7 +186,7 @@ def load_state_dict(self:PictureLoader,
     if old == new: place = deepcopy(state)
     elif not old: place = self._place(epoch, state['batch'])
     else:
-        names = ', '.join(k for k in new if old.get(k) != new[k])
+        names = ', '.join(k for k in {**new, **old} if old.get(k) != new.get(k))
         warnings.warn(f'the data or their settings have changed since this place in epoch {epoch} was noted ({names}): '
                       'going on at about the same place', stacklevel=2)
         pictures = state['batch']*old['batch_size']*old['world']
