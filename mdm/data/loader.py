@@ -68,10 +68,11 @@ def _settings(self:PictureLoader):
     data, config = self.dataset, self.dataset.config
     counts = [[s.count for s in source] for source in data.sources]
     samples = [[sum(c), zlib.crc32(repr(c).encode())] for c in counts]
-    found = dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed,
-                 train=data.train, shuffle=config.shuffle, epoch=data.size, samples=samples,
-                 weights=[*config.weights] if config.weights else None)
-    return {**found, 'buckets': [size_text(o) for o in data.sizes]} if data.sizes else found
+    usual = DataConfig()
+    names = [k for k in ('filters', 'shuffle_mb', 'buckets', 'bucket_step') if getattr(config, k) != getattr(usual, k)]
+    return dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed,
+                train=data.train, shuffle=config.shuffle, epoch=data.size, samples=samples,
+                weights=[*config.weights] if config.weights else None, **{k: getattr(config, k) for k in names})
 
 @patch
 def _place(self:PictureLoader, epoch, batch=0):
@@ -101,7 +102,7 @@ def _batch(self:PictureLoader, imgs, captions, scales, pending):
     batch = imgs, captions, {'scale': scales}
     return batch if self.device is None else to_device(batch, self.device)
 
-# %% ../../nbs/2_data/05_loader.ipynb #b4e6782a
+# %% ../../nbs/2_data/05_loader.ipynb #6955d493
 @patch(as_prop=True)
 def size_counts(self:PictureLoader)->dict[str, int]: # e.g. {'48x80': 64, '64x64': 32}; empty without buckets
     "Pictures of each size that this epoch has handed out so far."
@@ -158,8 +159,11 @@ def _report(self:PictureLoader, place, left):
         more = ' more' if place['batch'] else ''
         raise ValueError(f'data files: {left or "no"}{more} usable pictures in {some}, '
                          f'not enough for a batch of {self.bs} ({what})')
-    kind = 'training' if self.dataset.train else 'validation'
-    if self.skipped: warnings.warn(f'epoch {place["epoch"]} of the {kind} data: {what}', stacklevel=4)
+    kind = f'epoch {place["epoch"]} of the {"training" if self.dataset.train else "validation"} data'
+    if self.skipped: warnings.warn(f'{kind}: {what}', stacklevel=4)
+    if dry := self._dry_sources(place):
+        warnings.warn(f'{kind}: no usable pictures in {redact(dry)}, so pictures of the other data.files took their place '
+                      'and data.weights were not kept', stacklevel=4)
     if self.dataset.sizes and self.dataset.train: self._report_sizes(place, left)
 
 @patch
@@ -170,6 +174,15 @@ def _report_sizes(self:PictureLoader, place, left):
     warnings.warn(f'epoch {place["epoch"]} of the training data: of {used + left} pictures, {self.moved} were cut to a '
                   f'neighbouring size, and {left} were left over, since batches have one size. Fewer data.buckets, '
                   'a smaller train.batch_size or fewer data.workers lower these numbers', stacklevel=5)
+
+@patch
+def _dry_sources(self:PictureLoader, place):
+    "The entries of `files` that did not have a usable picture for a whole pass, although others had."
+    data, dry = self.dataset, set()
+    if len(data.sources) == 1: return []
+    for reader in map(data._whole_bookmark, place['readers']):
+        dry |= {k for k, n in enumerate(reader['barren']) if n >= data.counts[k]}
+    return [data.config.files[k] for k in sorted(dry)]
 
 @patch
 def __iter__(self:PictureLoader):
@@ -201,7 +214,7 @@ def load_state_dict(self:PictureLoader,
     if old == new: place = deepcopy(state)
     elif not old: place = self._place(epoch, state['batch'])
     else:
-        names = ', '.join(k for k in new if old.get(k) != new[k])
+        names = ', '.join(k for k in {**new, **old} if old.get(k) != new.get(k))
         warnings.warn(f'the data or their settings have changed since this place in epoch {epoch} was noted ({names}): '
                       'going on at about the same place', stacklevel=2)
         pictures = state['batch']*old['batch_size']*old['world']
