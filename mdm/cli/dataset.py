@@ -224,7 +224,20 @@ def _inspect_flags(p):
     p.add_argument('--output', metavar='FOLDER', default='inspection', help='where to write (%(default)s)')
     p.add_argument('--pictures', metavar='N', type=at_least(0), default=24,
         help='how many pictures to show, drawn at random (%(default)s)')
+    p.add_argument('--duplicates', action='store_true', help='list pictures that look the same, in duplicates.tsv')
     add_config_flags(p, FolderConfig, skip=[f.name for f in fields(FolderConfig) if f.name != 'workers'], own=None)
+
+def _list_duplicates(args, path):
+    "Write the pictures that look the same as a table; returns its path."
+    from mdm.data.files import find_tars
+    from mdm.data.inspect import find_duplicates
+    tars = find_tars(args.files)
+    found = find_duplicates(tars, args.workers, bar=True)
+    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
+        csv.writer(f, delimiter='\t', lineterminator='\n').writerows([('group', 'shard', 'sample'), *found.rows(tars)])
+    n, many = sum(map(len, found.groups)), len(found.groups)
+    print(f'{n:,} pictures look like another one, in {many:,} groups' + '; split --duplicates keeps each group on one side'*bool(n))
+    return path
 
 @_subcommand('inspect', 'look into shards',
     'Read shards as training does, and report what is in them: counts, sizes of pictures, lengths of captions, and all '
@@ -243,6 +256,7 @@ def _inspect(args):
     if sheet: sheet.save(out/'sheet.png')
     print(describe_shards(found))
     written = [out/'sheet.png']*bool(sheet) + [out/'bad.tsv', out/'counts.json']
+    if args.duplicates: written.append(_list_duplicates(args, out/'duplicates.tsv'))
     print(f"Written: {', '.join(map(str, written))}. Now try: mdm_dataset split {shlex.join(args.files)} --output FOLDER")
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #d6d40c51
