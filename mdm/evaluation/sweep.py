@@ -22,7 +22,7 @@ from ..models.nested_unet import create_model
 from ..pipeline import MDMPipeline
 from ..recipe import load_recipe
 from ..training.averages import list_snapshots, reconstruct_average
-from ..utils.configs import check_config, config_class
+from ..utils.configs import changed, config_class
 from ..utils.files import atomic_write
 from ..utils.ranks import rank_and_world
 
@@ -93,7 +93,7 @@ def sweep(
     **kwargs, # for `MDMPipeline`: `device`, `encoder`, `bf16`
 )->dict: # name of a cell -> {'width', 'guidance', 'scores': name -> {'value', 'se', 'n', 'better'}}
     "Evaluate every cell. Raises what `evaluate` raises, `FileExistsError` for a folder of another sweep."
-    check_config(grid, 'sweep')
+    grid = changed(grid, 'sweep')                            # checked
     if rank_and_world()[1] > 1: raise ValueError('a sweep runs in one process: start it without torchrun or accelerate launch')
     config, wishes, output = config or EvaluateConfig(loss_pictures=0), dict(wishes or {}), Path(output)
     wishes.pop('guidance', None)
