@@ -447,7 +447,7 @@ def _decode(self:PictureStream, sample, place, sizes=None):
 # %% ../../nbs/2_data/04_stream.ipynb #2e63ee6d
 def _bytes_of(item):
     "The bytes of an item of `_items`."
-    return sum(map(len, item[1].values())) if isinstance(item[1], dict) else 0
+    return sum(len(o) for o in item[1].values() if isinstance(o, bytes)) if isinstance(item[1], dict) else 0
 
 @patch
 def _stretch(self:PictureStream, name, mark, most=math.inf):

@@ -146,7 +146,7 @@ def sweep_png(
     keys = [k for k in _shown if any(k in o['scores'] for o in cells.values())]
     if not keys: raise ValueError('no cell has a score to draw: give captions of shapes, or --fid, or --clip')
     columns = len({o['guidance'] for o in cells.values()})
-    fig = Figure(figsize=((1 + .75*columns)*len(keys), 1.6 + .45*len(cells)/columns), dpi=110, layout='constrained')
+    fig = Figure(figsize=((1 + .75*columns)*len(keys), 2.1 + .45*len(cells)/columns), dpi=110, layout='constrained')
     for ax, key in zip(np.atleast_1d(fig.subplots(1, len(keys))), keys):
         _heat(ax, key, *_matrix(cells, key))
     fig.savefig(file := io.BytesIO(), format='png')
