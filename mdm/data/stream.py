@@ -53,11 +53,6 @@ class DataConfig:
     cache:str|None=None # folder on this machine that keeps copies of remote shards; null: read them over the network every time
     cache_gb:float=50. # gigabytes that these copies may take; those used least recently go first
 
-    @property
-    def sizes(self)->list[tuple[int, int]]: # (width, height) each; []: squares only
-        "The sizes that batches have."
-        return bucket_sizes(self.buckets, self.image_size, self.bucket_step)
-
     def rules(self):
         n, weights = len(self.files), self.weights
         weights_fit = weights is None or len(weights) == n and all(0 < w < math.inf for w in weights)
@@ -77,6 +72,12 @@ class DataConfig:
         for text in self.filters:
             try: read_filter(text)
             except ValueError as e: yield True, 'filters', f'conditions; {e}'
+
+# %% ../../nbs/2_data/04_stream.ipynb #06c7d456
+@patch(as_prop=True)
+def sizes(self:DataConfig)->list[tuple[int, int]]: # (width, height) each; []: squares only
+    "The sizes that batches have."
+    return bucket_sizes(self.buckets, self.image_size, self.bucket_step)
 
 def _bucket_rules(c):
     "Rules about the sizes of batches."
