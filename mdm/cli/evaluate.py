@@ -72,8 +72,6 @@ def check_evaluate_flags(
     if args.compare and args.checkpoint:
         raise ValueError(f'--compare takes two folders of runs and no checkpoint, but {args.checkpoint} was given too')
     if args.compare: return
-    if args.sweep and (args.raw or args.ema is not None):
-        raise ValueError('--sweep makes averages of its own, so --raw and --ema do not go with it')
     if not args.checkpoint: raise ValueError('no checkpoint: name one, or two runs with --compare A B')
     if not args.captions and not args.data:
         raise ValueError('nothing to draw: name a file of captions with --captions, or shards of captioned pictures with --data')
@@ -105,6 +103,8 @@ def _sweep_command(
     from mdm.evaluation.evaluate import EvaluateConfig
     from mdm.evaluation.sweep import SweepConfig, sweep, sweep_rows
     from mdm.utils.configs import options
+    if args.raw or args.ema is not None:
+        raise ValueError('--sweep makes averages of its own, so --raw and --ema do not go with it')
     captions, out = args.captions and read_captions(args.captions), Path(args.output or 'sweep')
     config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
     wishes = {k: v for k, v in sampling_wishes(args).items() if v is not None}
