@@ -251,3 +251,10 @@ def test_download(tmp_path, call, refused, served):
     assert files(tmp_path/'here') == files(tmp_path/'web')
     for part in ('0/2', '3/2', 'half'): assert f'--part {part}' in refused('download', *args, '--part', part)
     assert 'shapes-000007.tar' in refused('download', f'{served}/shapes-000007.tar', '--output', tmp_path/'here')
+
+def test_inspect_tells_what_filters_would_leave(tmp_path, call, refused):
+    call('folder', put(tmp_path/'in', 8), tmp_path/'s')
+    code, out, _ = call('inspect', tmp_path/'s', '--output', tmp_path/'look', '--filter', 'side >= 30', '--filter', 'aspect<1')
+    assert code == 0 and 'filters would leave:\n  8 of 8 (100.0%): side >= 30\n  0 of 8 (0.0%): aspect < 1\n  0 of 8 (0.0%): all of them' in out
+    assert json.loads((tmp_path/'look/counts.json').read_text())['left'] == {'side >= 30': 8, 'all of them': 0}
+    assert "'sharp' is no condition" in refused('inspect', tmp_path/'s', '--filter', 'sharp')

@@ -683,3 +683,10 @@ def test_a_log_file_gets_no_progress_bar(tmp_path, monkeypatch, file, shown):
     monkeypatch.setattr(sys, 'stderr', err := file())
     write_folder(tmp_path/'in', tmp_path/'out2')
     assert err.getvalue() == ''
+
+@pytest.mark.parametrize('n, percent, valid', [(12, 30, 4), (8, 25, 2), (90, 10, 9), (5, 90, 4)])
+def test_few_pictures_are_split_exactly(tmp_path, n, percent, valid):
+    with ShardWriter(tmp_path/'all', ShardsConfig(per_shard=5), {}) as w:
+        for i in range(n): w.add(i, {'__key__': f'{n}-{i}', 'txt': b'x'})
+    m = split_shards(tmp_path/'all', tmp_path/'s', percent=percent)
+    assert [sum(o['samples'] for o in side['shards'].values()) for side in m] == [n - valid, valid]

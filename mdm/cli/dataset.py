@@ -178,7 +178,7 @@ def _split_flags(p):
 
 @_subcommand('split', 'keep some pictures for validation',
     'Divide shards into FOLDER/train and FOLDER/valid. A hash of its key decides where a sample goes: it stays there '
-    'when others are added.',
+    'when others are added. Where fewer than ten samples are expected on one side, the percentage is kept exactly.',
     "mdm_dataset split 'data/photos/*.tar' --output data/split\n"
     "mdm_dataset split data/photos data/more --output data/split --percent 2.5", _split_flags)
 def _split(args):
@@ -226,16 +226,34 @@ def _inspect_flags(p):
     p.add_argument('--output', metavar='FOLDER', default='inspection', help='where to write (%(default)s)')
     p.add_argument('--pictures', metavar='N', type=at_least(0), default=24,
         help='how many pictures to show, drawn at random (%(default)s)')
+    p.add_argument('--duplicates', action='store_true', help='list pictures that look the same, in duplicates.tsv')
+    p.add_argument('--filter', metavar='CONDITION', dest='filters', action='append', default=[],
+        help="tell how many samples a condition would leave, such as 'side >= 256' or 'aesthetic > 5'; may be given several "
+             'times. Training applies conditions with data.filters')
     add_config_flags(p, FolderConfig, skip=[f.name for f in fields(FolderConfig) if f.name != 'workers'], own=None)
+
+def _list_duplicates(args, path):
+    "Write the pictures that look the same as a table; returns its path."
+    from mdm.data.files import find_tars
+    from mdm.data.inspect import find_duplicates
+    tars = find_tars(args.files)
+    found = find_duplicates(tars, args.workers, bar=True)
+    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
+        csv.writer(f, delimiter='\t', lineterminator='\n').writerows([('group', 'shard', 'sample'), *found.rows(tars)])
+    n, many = sum(map(len, found.groups)), len(found.groups)
+    print(f'{n:,} pictures look like another one, in {many:,} groups' + '; split --duplicates keeps each group on one side'*bool(n))
+    return path
 
 @_subcommand('inspect', 'look into shards',
     'Read shards as training does, and report what is in them: counts, sizes of pictures, lengths of captions, and all '
     'that cannot be used. Writes sheet.png (some pictures with their captions), bad.tsv and counts.json.',
-    "mdm_dataset inspect 'data/photos/*.tar'\nmdm_dataset inspect data/photos --pictures 60 --output look", _inspect_flags)
+    "mdm_dataset inspect 'data/photos/*.tar'\nmdm_dataset inspect data/photos --pictures 60 --output look\n"
+    "mdm_dataset inspect data/photos --filter 'side >= 256' --filter 'aspect <= 2'", _inspect_flags)
 def _inspect(args):
     "Look into shards."
     from mdm.data.inspect import describe_shards, inspect_shards
-    found, out = inspect_shards(args.files, args.pictures, args.workers, bar=True), Path(args.output)
+    found = inspect_shards(args.files, args.pictures, args.workers, True, args.filters)
+    out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'bad.tsv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
         csv.writer(f, delimiter='\t', lineterminator='\n').writerows(
@@ -245,6 +263,7 @@ def _inspect(args):
     if sheet: sheet.save(out/'sheet.png')
     print(describe_shards(found))
     written = [out/'sheet.png']*bool(sheet) + [out/'bad.tsv', out/'counts.json']
+    if args.duplicates: written.append(_list_duplicates(args, out/'duplicates.tsv'))
     print(f"Written: {', '.join(map(str, written))}. Now try: mdm_dataset split {shlex.join(args.files)} --output FOLDER")
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #d6d40c51

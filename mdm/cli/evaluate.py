@@ -94,12 +94,38 @@ def report_evaluation(
     print('; '.join(f'{out/file}: {what}' for file, what in files.items()))
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #1b951270
+def _sweep_command(
+    args:argparse.Namespace, # of `mdm_evaluate --sweep`
+):
+    "Evaluate averages of several lengths with several guidances, and print a table."
+    from mdm.data.files import read_captions
+    from mdm.evaluation.evaluate import EvaluateConfig
+    from mdm.evaluation.sweep import SweepConfig, sweep, sweep_rows
+    from mdm.utils.configs import options
+    if args.raw or args.ema is not None:
+        raise ValueError('--sweep makes averages of its own, so --raw and --ema do not go with it')
+    captions, out = args.captions and read_captions(args.captions), Path(args.output or 'sweep')
+    config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
+    wishes = {k: v for k, v in sampling_wishes(args).items() if v is not None}
+    grid = SweepConfig(args.widths, args.guidances)
+    say(f'{args.checkpoint}: {len(grid.cells)} cells into {out}')
+    try:
+        with stage_bars() as progress:
+            cells = sweep(args.checkpoint, out, grid, captions, args.data, config, wishes, progress,
+                device=process_device(args.device))
+    except KeyboardInterrupt: raise KeyboardInterrupt(f'stopped; the same command goes on with what is in {out}') from None
+    print_table(sweep_rows(cells))
+    files = [(out/'sweep.tsv', 'the table'), (out/'sweep.png', 'heat maps')]
+    print('; '.join(f'{file}: {what}' for file, what in files if file.exists()))
+
+# %% ../../nbs/5_edges/10_evaluate.ipynb #f0e6b350
 def _evaluate_command(
     args:argparse.Namespace, # of `mdm_evaluate`
 ):
     "Sample, judge, and print a table."
     check_evaluate_flags(args)
     if args.compare: return _compare_command(args)
+    if args.sweep: return _sweep_command(args)
     from mdm.data.files import read_captions
     from mdm.evaluation.evaluate import EvaluateConfig, evaluate
     from mdm.pipeline import MDMPipeline
@@ -131,12 +157,13 @@ _about = (
     'Draw a list of captions with a trained model, or those of a validation set, and judge the pictures: prompt '
     'accuracy where captions are of shapes, FID, CLIP score, loss by noise level and resolution, and a gallery in one '
     'HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
-    'With --compare: put two such runs side by side.')
+    'With --compare: put two such runs side by side. With --sweep: a table and a heat map over length of average and guidance.')
 _examples = '''mdm_evaluate shapes --captions captions.txt --output runs/judged
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid weights-inception-2015-12-05-6726825d.pth --solver unipc --steps 15
 accelerate launch --num_processes 8 $(which mdm_evaluate) runs/64 --data 'valid/*.tar' --output judged/a
-mdm_evaluate --compare judged/a judged/b --output judged/a_or_b'''
+mdm_evaluate --compare judged/a judged/b --output judged/a_or_b
+mdm_evaluate --sweep runs/64 --captions captions.txt --widths 0.05 0.1 --guidances 1 2 4 --output runs/sweep'''
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #44b0d55d
 def mdm_evaluate(
@@ -155,6 +182,13 @@ def mdm_evaluate(
     add('--limit', metavar='N', type=at_least(1), help='draw only the first so many captions')
     add('--output', metavar='FOLDER', help='folder of the run (evaluation; with --compare: comparison)')
     add('--compare', metavar=('A', 'B'), nargs=2, help='folders of two runs to compare')
+    add('--sweep', action='store_true',
+        help='evaluate averages of several lengths, each with several guidances: CHECKPOINT is the output folder of a '
+             'training with train.power_ema')
+    add('--widths', metavar='W', nargs='+', type=float, default=[.03, .05, .075, .1, .15],
+        help='with --sweep: relative widths of the averages (0.03 0.05 0.075 0.1 0.15)')
+    add('--guidances', metavar='G', nargs='+', type=at_least(0, kind=float), default=[1., 2., 3., 4., 6.],
+        help='with --sweep: guidances (1 2 3 4 6)')
     add('--name', default='', help='of the run, in table and gallery (the checkpoint)')
     judges = parser.add_argument_group('judges').add_argument
     judges('--fid', metavar='FILE',

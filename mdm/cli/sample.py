@@ -272,11 +272,12 @@ def _sample_command(
     config = pipe.config(**wishes)
     (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
     if cut := pipe.encoder.describe_cuts([*prompts, args.negative_prompt]): warnings.warn(cut)
-    scales, size = pipe.model.scales, pipe.recipe.data.image_size
-    widths = [size*s//scales[0] for s in scales][:None if args.every_resolution else 1]
+    scales, size = pipe.model.scales, {'size': args.size} if args.size else {}
+    width, _ = pipe.picture_size(args.size)
+    widths = [width*s//scales[0] for s in scales][:None if args.every_resolution else 1]
     captions = [p for p in prompts for _ in range(args.n)]
-    drawing = Drawing(captions, args.seed, _about(args, config, given, named), widths)
-    _draw_all(drawing, out, tool, args, {**guide, **wishes})
+    drawing = Drawing(captions, args.seed, {**_about(args, config, given, named), **size}, widths)
+    _draw_all(drawing, out, tool, args, {**guide, **size, **wishes})
 
 # %% ../../nbs/5_edges/07_sample.ipynb #b423ffcd
 def _draw_all(drawing, out, tool, args, kwargs):
@@ -331,6 +332,8 @@ def mdm_sample(
         help='a weaker model of the same resolutions to push away from, instead of from an empty prompt: '
              'an earlier checkpoint, or the same one with --guide-ema')
     add('--guide-ema', metavar='DECAY', type=float, help='which moving average of --guide, where training kept several (the first)')
+    add('--size', metavar='WIDTHxHEIGHT',
+        help='size of the pictures, e.g. 384x256; best is one that the model was trained on (the square of the recipe)')
     add('--every-resolution', action='store_true',
         help="save the smaller pictures of the model's inner resolutions too")
     add('--output', metavar='PATH', default='samples',

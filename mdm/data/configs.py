@@ -47,5 +47,6 @@ class UrlsConfig(PicturesConfig):
 class SplitConfig(ShardsConfig):
     "Settings of `split_shards`, which calls the shards train and valid whatever `name` is."
     percent: float = 1 # percentage of the samples for validation
+    duplicates: bool = False # keep pictures that look the same on one side; reads every picture twice
 
     def rules(self): return [(not 0 < self.percent < 100, 'percent', 'a number between 0 and 100, such as 1')]

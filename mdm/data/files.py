@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TIMEOUT', 'TRIES', 'WAIT', 'pattern_kinds', 'TARS', 'BLOCK', 'CAPTION_COLUMNS', 'MANIFEST', 'linked_files', 'redact',
            'is_remote', 'filesystem', 'explain_io_error', 'with_retries', 'FileInfo', 'file_info', 'exists',
-           'split_pattern', 'matching_files', 'list_files', 'find_files', 'is_tar', 'find_tars', 'RemoteFile',
-           'open_file', 'read_table', 'column_names', 'pick_column', 'read_captions', 'resolve_sibling',
-           'read_manifest', 'known_shards', 'download']
+           'split_pattern', 'matching_files', 'file_identity', 'list_files', 'find_files', 'is_tar', 'find_tars',
+           'RemoteFile', 'reading_copy', 'open_file', 'read_table', 'column_names', 'pick_column', 'read_captions',
+           'resolve_sibling', 'read_manifest', 'known_shards', 'copy_file', 'download']
 
 # %% ../../nbs/2_data/02_files.ipynb #28e2afc3
 import base64, csv, errno, gzip, hashlib, io, json, os, posixpath, re, threading, time
@@ -243,13 +243,17 @@ def _pattern_kind(pattern):
 # %% ../../nbs/2_data/02_files.ipynb #0e93fa2a
 def _missing(pattern, names, missing):
     "The error for a pattern of which some names have no file."
-    pattern, first = redact(pattern), redact(missing[0])
+    pattern = redact(pattern)
     looks_like_regex = re.search(r'\.[*+]|\\', pattern) and len(names) == 1
     if looks_like_regex and _pattern_kind('re:'): mend = f'if it is a regular expression, write {"re:" + pattern!r}'
     elif is_remote(pattern): mend = 'check the spelling, and that it was uploaded'
     elif os.path.isdir(pattern): mend = f'it is a folder, so write {os.path.join(pattern, "*.tar")!r}'
     else: mend = f'check the spelling (relative paths start in {os.getcwd()!r})'
-    some = f' ({len(missing)} missing, the first is {first!r})' if len(names) > 1 else ''
+    some, found = '', len(names) - len(missing)
+    if len(names) > 1:
+        more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+        some = f' ({len(missing)} missing: {", ".join(repr(redact(n)) for n in missing[:3])}{more})'
+        if found: mend += ', or leave out what is missing, as in {{000..004},{006..010}}.tar'
     return FileNotFoundError(f'data files: no file matches {pattern!r}{some}: {mend}')
 
 def _expand(pattern):
@@ -266,6 +270,13 @@ def _expand(pattern):
     return folder, [f for n in names for f in found[n]]
 
 # %% ../../nbs/2_data/02_files.ipynb #0b664680
+def file_identity(
+    path, # path or address of a file
+)->str: # the same for all names of a file of this machine, links included
+    "What two names of one file have in common."
+    return str(path) if is_remote(path) else os.path.realpath(path)
+
+# %% ../../nbs/2_data/02_files.ipynb #cfdc57ce
 def _as_list(patterns):
     "Patterns as a list of strings. Raises `ValueError` when there are none."
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
@@ -275,11 +286,11 @@ def _as_list(patterns):
 
 def list_files(
     patterns:list, # paths or addresses with braces and wildcards, or one such string
-)->list[FileInfo]: # each file once
+)->list[FileInfo]: # each file once, by the first of its names
     "Expand patterns. Raises `FileNotFoundError` when one of them, or a part of it, matches no file."
     found = {}
     for pattern in _as_list(patterns):
-        for f in _expand(pattern)[1]: found[f.path] = f
+        for f in _expand(pattern)[1]: found.setdefault(file_identity(f.path), f)
     return list(found.values())
 
 def find_files(
@@ -421,10 +432,23 @@ def readall(self:RemoteFile)->bytes: # everything from here to the end
     return b''.join(iter(lambda: self.read(BLOCK), b''))
 
 # %% ../../nbs/2_data/02_files.ipynb #f1353558
+_copies = {}   # address -> path of a copy on this machine
+
+@contextmanager
+def reading_copy(
+    path:str, # address of a file
+    copy, # path of a copy on this machine; None: there is none
+): # a context
+    "Let `open_file` read a copy in place of a remote file."
+    if copy: _copies[path] = copy
+    try: yield
+    finally: _copies.pop(path, None)
+
 def open_file(
     path, # path or address
 ): # a binary file to read from, with `seek`; close it or use it in a `with`
     "Open a file anywhere. Raises `FileNotFoundError`, `PermissionError`, `ConnectionError`."
+    path = _copies.get(path, path)
     return io.BufferedReader(RemoteFile(path), BLOCK) if is_remote(path) else open(path, 'rb')
 
 # %% ../../nbs/2_data/02_files.ipynb #792e0440
@@ -727,6 +751,14 @@ def _copy(info, target, stop, bar):
     if info.modified: os.utime(partial, (info.modified, info.modified))
     os.replace(partial, target)
     return max(fetched, 1)
+
+# %% ../../nbs/2_data/02_files.ipynb #784a0a71
+def copy_file(
+    info:FileInfo, # of the file
+    target:Path, # where the copy goes
+):
+    "Copy one file as `download` does, checked and whole. Raises `OSError`; what had come is used when it is tried again."
+    with tqdm(disable=True) as bar: _copy(info, Path(target), threading.Event(), bar)
 
 # %% ../../nbs/2_data/02_files.ipynb #fbdf6110
 def download(

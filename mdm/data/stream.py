@@ -8,12 +8,14 @@ __all__ = ['shard_formats', 'DataConfig', 'Shard', 'count_samples', 'ShardFormat
 
 # %% ../../nbs/2_data/04_stream.ipynb #cd45daa4
 import math, os, random, tarfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count, islice, repeat
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -21,12 +23,15 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from .files import (FileInfo, MANIFEST, TARS, file_info, is_tar, known_shards, list_files, open_file, redact,
-                            resolve_sibling)
-from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
+from .files import (FileInfo, MANIFEST, TARS, copy_file, file_identity, file_info, is_remote, is_tar, known_shards,
+                            list_files, open_file, reading_copy, redact, resolve_sibling)
+from .filters import apply_filters, flipped, may_flip, read_filter
+from .samples import FEWER, PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
+from ..utils.cache import FileCache
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
 from ..utils.ranks import rank_and_world
+from ..utils.sizes import SizeQueues, bucket_sizes, leftover_batches, short_batches
 
 # %% ../../nbs/2_data/04_stream.ipynb #645284a2
 @config_class
@@ -37,19 +42,50 @@ class DataConfig:
     image_size:int=64 # side of the pictures in a batch, in pixels
     crop:Literal['center','random']='center' # which square of an oblong picture to keep
     epoch_size:int|None=None # pictures per epoch, over all processes; None: one pass over all of them
+    filters:list[str] = field(default_factory=list) # conditions that a sample must meet, such as `side >= 256` or `aesthetic > 5` (a number in its .json)
+    flip:bool=False # mirror half of the training pictures, except where the caption has a word for a side or for writing
     shuffle:int=2000 # samples in each worker's shuffle buffer; 0: the order of the shards
+    shuffle_mb:float=256. # megabytes of files in the shuffle buffers of a process, all workers together; large files shorten the buffers
     workers:int=2 # worker processes that read and decode; 0: none
     embeddings:bool=False # captions bring their text embeddings, made by `mdm_dataset embed`
+    buckets:list[str] = field(default_factory=list) # sizes that batches have, such as [64x64, 48x80, 80x48], or [auto]; none: squares of image_size
+    bucket_step:int|None=None # sides of the sizes of [auto] are multiples of this; None: image_size/8
+    cache:str|None=None # folder on this machine that keeps copies of remote shards; null: read them over the network every time
+    cache_gb:float=50. # gigabytes that these copies may take; those used least recently go first
 
     def rules(self):
         n, weights = len(self.files), self.weights
         weights_fit = weights is None or len(weights) == n and all(0 < w < math.inf for w in weights)
         return [
+            *self._filter_rules(),
             (self.image_size < 1, 'image_size', 'a number above 0'),
             (self.workers < 0, 'workers', '0 or more'),
             (self.shuffle < 0, 'shuffle', '0 or more'),
+            (self.shuffle_mb <= 0, 'shuffle_mb', 'a number above 0'),
             (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
-            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null')]
+            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
+            (self.cache_gb <= 0, 'cache_gb', 'a number above 0'),
+            *_bucket_rules(self)]
+
+    def _filter_rules(self):
+        "A broken rule for each filter that cannot be read."
+        for text in self.filters:
+            try: read_filter(text)
+            except ValueError as e: yield True, 'filters', f'conditions; {e}'
+
+# %% ../../nbs/2_data/04_stream.ipynb #06c7d456
+@patch(as_prop=True)
+def sizes(self:DataConfig)->list[tuple[int, int]]: # (width, height) each; []: squares only
+    "The sizes that batches have."
+    return bucket_sizes(self.buckets, self.image_size, self.bucket_step)
+
+def _bucket_rules(c):
+    "Rules about the sizes of batches."
+    step = c.bucket_step
+    if step is not None and step < 1: return [(True, 'bucket_step', 'a number above 0, or null')]
+    try: c.sizes
+    except ValueError as e: return [(True, 'buckets', f'[auto], or sizes such as [64x64, 48x80, 80x48] ({e})')]
+    return [(step is not None and c.buckets != ['auto'], 'bucket_step', 'null: only {place}.buckets = [auto] has a step')]
 
 # %% ../../nbs/2_data/04_stream.ipynb #ab22943a
 @dataclass
@@ -104,6 +140,7 @@ class ShardFormat:
     "How to read a kind of file."
     find:Callable # find(info: FileInfo, known: dict from `known_shards`) -> list of `Shard`s
     read:Callable # read(shard, start, stop, keys, skipped) -> iterator over samples, extension -> bytes
+    jumps:bool=False # `read` takes `needed`, too: whether each of the samples is needed; the others come out empty
 
 shard_formats = {}   # ending of a file's name -> `ShardFormat`
 
@@ -120,11 +157,11 @@ def _find_tar(info, known):
     n = known.get(info.name)
     return [Shard(info.path, n['samples'] if n and n['bytes'] == info.size else count_samples(info))]
 
-def _read_tar(shard, start, stop, keys, skipped):
+def _read_tar(shard, start, stop, keys, skipped, needed=None):
     "A run of samples of a tar."
-    return read_tar(shard.tar, start, stop, keys)
+    return read_tar(shard.tar, start, stop, keys, needed)
 
-shard_formats.update({ending: ShardFormat(_find_tar, _read_tar) for ending in TARS})
+shard_formats.update({ending: ShardFormat(_find_tar, _read_tar, jumps=True) for ending in TARS})
 
 # %% ../../nbs/2_data/04_stream.ipynb #703a0971
 def _collect(patterns):
@@ -132,7 +169,7 @@ def _collect(patterns):
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns or [[]]
     found = {}
     for k, pattern in enumerate(patterns):
-        for f in list_files(pattern): found.setdefault(f.path, (f, k))
+        for f in list_files(pattern): found.setdefault(file_identity(f.path), (f, k))
     for f, _ in found.values():
         if not shard_format(f.name):
             endings = ', '.join(shard_formats)
@@ -168,10 +205,12 @@ def read_shard(
     stop:int, # one past the last sample to read
     skipped:Counter, # problems are counted in here
     keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension
+    needed:Iterable|None=None, # whether each sample is needed; None: all are. Others may come out empty, which is quicker
 )->Iterator[dict]: # extension -> bytes
     "Read a run of samples, as far as the tar is intact and can be reached."
-    path = (shard.index or shard.tar).split('?')[0]
-    yield from count_damage(shard_format(path).read(shard, start, stop, keys, skipped), skipped)
+    found = shard_format((shard.index or shard.tar).split('?')[0])
+    more = dict(needed=needed) if found.jumps and needed is not None else {}
+    yield from count_damage(found.read(shard, start, stop, keys, skipped, **more), skipped)
 
 # %% ../../nbs/2_data/04_stream.ipynb #6ede3389
 def locate(
@@ -204,27 +243,47 @@ def mixture(
     order = np.argsort(np.concatenate([(np.arange(u) + .5)/u for u in units]), kind='stable')
     return np.repeat(np.arange(len(units), dtype=np.uint16), units)[order]
 
+# %% ../../nbs/2_data/04_stream.ipynb #ecc8f292
+def _weight(weigh, most, x):
+    "The bytes of an item; a very large one counts as `most`."
+    return min(weigh(x), most) if weigh else 0
+
+def _drawn(buffer, rng):
+    "Take a random item out of a buffer, but not the newest one unless it is alone; the newest one takes its place."
+    i = rng.randrange(len(buffer) - 1) if len(buffer) > 1 else 0
+    x, buffer[i] = buffer[i], buffer[-1]
+    buffer.pop()
+    return x
+
 # %% ../../nbs/2_data/04_stream.ipynb #8f3a5a99
 def shuffled(
     items:Iterable, # in their order
     size:int, # length of the buffer; 0: leave the order alone
     rng:random.Random, # source of random numbers that is used for nothing else
+    weigh:Callable|None=None, # how many bytes an item has; None: there is no bound
+    most:float=math.inf, # bytes in the buffer
+    shrinks:list|None=None, # [items that came in, length from there on]; is followed first, then continued
 )->Iterator: # the same items
     "Shuffle a stream with a buffer."
-    buffer = []
-    for x in items:
-        if len(buffer) < size: buffer.append(x)
-        elif not size: yield x
-        else:
-            i = rng.randrange(size)
-            buffer[i], x = x, buffer[i]
+    buffer, weight, known = [], 0, deque(shrinks or ())
+    weigh = partial(_weight, weigh, most/8)
+    for n, x in enumerate(items, 1):
+        buffer.append(x)
+        weight += weigh(x)
+        if known and known[0][0] == n: size = known.popleft()[1]
+        elif weight > most:
+            size = len(buffer)*7//8
+            shrinks.append([n, size])
+        while len(buffer) > size:
+            x = _drawn(buffer, rng)
+            weight -= weigh(x)
             yield x
     rng.shuffle(buffer)
     yield from buffer
 
 # %% ../../nbs/2_data/04_stream.ipynb #a34ac010
 class PictureStream(IterableDataset):
-    "One process's share of an epoch: (pictures `[n,3,S,S]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
+    "One process's share of an epoch: (pictures `[n,3,H,W]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
     def __init__(self,
         shards:list, # `Shard`s, not empty
         config:DataConfig, # image size, crop, epoch size, shuffle buffer, weights
@@ -239,9 +298,14 @@ class PictureStream(IterableDataset):
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
         self.keys = (*PICTURES, 'txt', 'json', *['emb.npy']*config.embeddings)
+        self.filters = [read_filter(o) for o in config.filters]
+        self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
+        self.sizes = config.sizes # of batches; []: squares only
         mix = config.weights if train else None
         self.sources = [[s for s in shards if s.source == k] for k in range(len(mix))] if mix else [shards]
+        self.counts = [sum(s.count for s in source) for source in self.sources]                # samples of each source
         self.turn, self.total = mixture(mix or [1]), sum(s.count for s in shards)
+        self.by_share = np.argsort(-np.bincount(self.turn), kind='stable').tolist()               # sources, largest share first
         self.endless = train and (config.epoch_size is not None or world > 1 or bool(mix))     # an epoch of set length
         self.size = self._epoch_length()
 
@@ -264,7 +328,8 @@ def share(self:PictureStream,
 )->tuple[int, int]: # (first place, one past the last place) in the endless row
     "The places of a reader in an epoch."
     at = (self.epoch if epoch is None else epoch)*self.size if self.train else 0
-    return at + self.size*k//n, at + self.size*(k+1)//n
+    unit = self.batch_size if self.sizes and self.endless else 1               # a reader makes whole batches of one size
+    return at + self.size//unit*k//n*unit, at + self.size//unit*(k+1)//n*unit
 
 @patch
 def bookmark(self:PictureStream,
@@ -274,9 +339,34 @@ def bookmark(self:PictureStream,
     used:int=0, # samples that it has sent out already, none of them skipped
 )->dict: # as in the table above
     "The bookmark of a reader at the beginning of an epoch, or a little later."
-    at, stop = self.share(self.rank*workers + worker, self.world*workers, epoch)
-    used = min(used, stop - at)
-    return dict(at=at, stop=stop, used=used, good=used, barren=0)
+    if self.train: (at, stop), part, parts = self.share(self.rank*workers + worker, self.world*workers, epoch), 0, 1
+    else: (at, stop), part, parts = self.share(self.rank, self.world, epoch), worker, workers
+    mark = self._whole_bookmark(dict(at=at, stop=stop, part=part, parts=parts, used=0))
+    waiting = dict(held=[], moved=0) if self.sizes else {}
+    return mark | dict(used=min(used, int(self._own_places(mark).sum()))) | waiting
+
+@patch
+def _own_places(self:PictureStream, mark):
+    "Which places of its stretch a reader takes."
+    return np.arange(mark['stop'] - mark['at'])//self.batch_size%mark['parts'] == mark['part']
+
+@patch
+def _whole_bookmark(self:PictureStream, mark):
+    "A bookmark with all keys; also from an older one, which has `good`, the pictures among those that were sent out."
+    whole = dict(part=0, parts=1, shrinks=[], **{k: [0]*len(self.sources) for k in ('spare', 'barren', 'owed')})
+    if 'good' in mark:
+        gaps = mark['used'] - mark['good'] if self.endless else 0
+        whole['owed'] = self._before(gaps)
+        mark = {k: mark[k] for k in ('at', 'stop', 'used')}
+    return deepcopy(whole | mark)
+
+# %% ../../nbs/2_data/04_stream.ipynb #7736de50
+@patch
+def _before(self:PictureStream, place):
+    "How many of the places before one in the common row each source has."
+    turns, rest = divmod(place, len(self.turn))
+    per_source = partial(np.bincount, minlength=len(self.sources))
+    return (turns*per_source(self.turn) + per_source(self.turn[:rest])).tolist()
 
 # %% ../../nbs/2_data/04_stream.ipynb #b24b71c2
 @patch
@@ -290,72 +380,171 @@ def order(self:PictureStream,
     return shards
 
 @patch
-def _piece(self:PictureStream, shard, start, stop):
+@contextmanager
+def _cached(self:PictureStream, shard):
+    "Read a remote shard from the cache, if there is one. Yields the key of the copy, or None."
+    if not (self.cache and is_remote(shard.tar)):
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            info = file_info(shard.tar)
+            known = info.size is not None and info.tag       # otherwise a change would go unnoticed
+            copy = known and stack.enter_context(self.cache.hold(info.key, info.name, info.size, partial(copy_file, info)))
+        except OSError: copy = None                          # `read_shard` finds the reason, and counts it
+        stack.enter_context(reading_copy(shard.tar, copy))
+        yield info.key if copy else None
+
+@patch
+def _piece(self:PictureStream, shard, start, stop, needed):
     "One item for each sample of a piece. The first one that is missing gives the reasons."
     skipped, n = Counter(), 0
-    for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys), 1): yield sample
-    if n < stop - start: yield Skip(*skipped.elements())
-    yield from repeat(Skip(), stop - start - n - 1)
+    with self._cached(shard) as key:
+        for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys, needed), 1):
+            yield sample if needed[n - 1] else Skip()
+    if key and n < stop - start: self.cache.remove(key)      # the copy may be damaged: fetch it again next time
+    if n < stop - start: yield Skip(*skipped.elements()) if skipped else Skip(FEWER)
+    yield from repeat(Skip() if skipped else Skip(FEWER), stop - start - n - 1)
 
 @patch
 def _source_items(self:PictureStream, k, start, needed):
     "One item for each place of a source's own row from `start` on; `needed` marks those that will be used."
     counts, i = [s.count for s in self.sources[k]], 0
     for s, first, last in locate(counts, start, start + len(needed), partial(self.order, k)):
-        n = last - first
-        if needed[i:i+n].any(): yield from self._piece(self.sources[k][s], first, last)
-        else: yield from repeat(Skip(), n)
-        i += n
+        piece = needed[i:i + last - first]
+        if piece.any(): yield from self._piece(self.sources[k][s], first, last, piece)
+        else: yield from repeat(Skip(), last - first)
+        i += last - first
 
 # %% ../../nbs/2_data/04_stream.ipynb #372fa06d
 @patch
-def _items(self:PictureStream, start, stop, used):
-    "(place, sample or `Skip`) for each place of the common row."
+def _items(self:PictureStream, start, stop, used=(), mine=None):
+    "(place, sample or `Skip`) for each place of the common row that is `mine`; None: all are."
     which = self.turn[np.arange(start, stop)%len(self.turn)]                   # source of each place
-    needed = np.ones(stop - start, bool)
-    needed[np.array(used, int)] = False
-    turns, rest = divmod(start, len(self.turn))
-    per_source = partial(np.bincount, minlength=len(self.sources))             # how many places each source has
-    before = turns*per_source(self.turn) + per_source(self.turn[:rest])        # places before `start`
-    rows = [self._source_items(k, int(before[k]), needed[which == k]) for k in range(len(self.sources))]
-    for place, k in zip(range(start, stop), which): yield place, next(rows[k])
+    mine = np.ones(stop - start, bool) if mine is None else mine
+    needed = mine.copy()
+    needed[np.flatnonzero(mine)[np.array(used, int)]] = False
+    before = self._before(start)
+    rows = [self._source_items(k, before[k], needed[which == k]) for k in range(len(self.sources))]
+    for place, k, own in zip(range(start, stop), which, mine):
+        item = next(rows[k])
+        if own: yield place, item
 
-# %% ../../nbs/2_data/04_stream.ipynb #2e63ee6d
+# %% ../../nbs/2_data/04_stream.ipynb #53d4a60e
 @patch
-def _decode(self:PictureStream, sample, place):
-    "(array [S,S,3], caption, scale) of a sample. Raises `Skip`."
+def _decode(self:PictureStream, sample, place, sizes=None):
+    """(array [H,W,3], caption, scale) of a sample; with buckets, `place` and `sample` follow. `place` is a word for where
+    it stands. Raises `Skip`."""
+    sizes = sizes or self.sizes
     if isinstance(sample, Skip): raise Skip(*sample.args)
+    apply_filters(sample, self.filters)
     rng, where = random.Random(f'{self.seed}/place {place}'), (.5, .5)
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
-    return decode_sample(sample, self.config.image_size, where, self.config.embeddings)
+    pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings)
+    flip = self.train and self.config.flip and random.Random(f'{self.seed}/flip {place}').random() < .5
+    found = flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
+    return (*found, place, sample) if sizes else found
+
+# %% ../../nbs/2_data/04_stream.ipynb #2e63ee6d
+def _bytes_of(item):
+    "The bytes of an item of `_items`."
+    return sum(len(o) for o in item[1].values() if isinstance(o, bytes)) if isinstance(item[1], dict) else 0
 
 @patch
-def _stretch(self:PictureStream, name, at, stop, used):
-    "The items of a stretch in their shuffled order, without the first `used` ones."
+def _stretch(self:PictureStream, name, mark, most=math.inf):
+    "The items of a stretch in their shuffled order, without those that were sent out; `most` bytes are in the buffer."
+    at, stop, used, mine = mark['at'], mark['stop'], mark['used'], self._own_places(mark)
     size, seed = self.config.shuffle if self.train else 0, f'{self.seed}/epoch {self.epoch}/{name}/from {at}'
-    sent = list(islice(shuffled(range(stop - at), size, random.Random(seed)), used))
-    return islice(shuffled(self._items(at, stop, sent), size, random.Random(seed)), used, None)
+    sent = shuffled(range(mine.sum()), size, random.Random(seed), shrinks=mark['shrinks'])
+    items = self._items(at, stop, list(islice(sent, used)), mine)
+    return islice(shuffled(items, size, random.Random(seed), _bytes_of, most, mark['shrinks']), used, None)
 
 # %% ../../nbs/2_data/04_stream.ipynb #0d95da1b
 @patch
-def _pictures(self:PictureStream, name, mark, skipped):
-    "(picture, caption, scale) from a bookmark on; `mark` is changed in place, reasons are counted in `skipped`."
-    while mark['at'] < mark['stop'] and mark['barren'] < self.total:
-        for place, sample in self._stretch(name, mark['at'], mark['stop'], mark['used']):
-            mark['used'] += 1
-            try: picture = self._decode(sample, place)
-            except Skip as e: skipped.update(e.args)
-            else:
-                mark['good'] += 1
-                yield picture
-        self._next_stretch(mark)
+def _spares(self:PictureStream, k, mark):
+    "(place in its own row, sample or `Skip`) of a source, from behind the stretch on, without end."
+    start, used, n = self._before(mark['stop'])[k], mark['spare'][k], self.counts[k]
+    for at in count(start + used//n*n, n):                   # the same pieces of shards, wherever it goes on
+        needed = np.arange(at, at + n) >= start + used
+        yield from islice(enumerate(self._source_items(k, at, needed), at), n - needed.sum(), None)
 
 @patch
-def _next_stretch(self:PictureStream, mark):
-    "Move a bookmark to the stretch that fills the gaps of the one that has ended; it may be empty."
-    places, good, stop = mark['stop'] - mark['at'], mark['good'], mark['stop']
-    gaps = places - good if self.endless else 0
-    mark.update(at=stop, stop=stop + gaps, used=0, good=0, barren=0 if good else mark['barren'] + places)
+def _spare_picture(self:PictureStream, k, mark, spares, skipped):
+    "A picture of source `k`, or of another one when `k` has none; None when no source has one."
+    for s in [k, *(o for o in self.by_share if o != k)]:
+        while mark['barren'][s] < self.counts[s]:
+            place, sample = next(spares[s])
+            mark['spare'][s] += 1
+            mark['barren'][s] += 1
+            try: picture = self._decode(sample, f'{place} of source {s}')
+            except Skip as e: skipped.update(e.args)
+            else:
+                mark['barren'][s] = 0
+                return picture
+
+# %% ../../nbs/2_data/04_stream.ipynb #80e1fb01
+@patch
+def _pictures(self:PictureStream, name, mark, skipped, most=math.inf):
+    "(picture, caption, scale), or None, for each place from a bookmark on; `mark` is changed, reasons are counted in `skipped`."
+    spares = [self._spares(k, mark) for k in range(len(self.sources))]
+    for place, sample in self._stretch(name, mark, most):
+        mark['used'] += 1
+        try: picture = self._decode(sample, place)
+        except Skip as e:
+            skipped.update(e.args)
+            k = int(self.turn[place%len(self.turn)])
+            picture = self._spare_picture(k, mark, spares, skipped) if self.endless else None
+            mark['owed'][k] += self.endless and picture is None
+        yield picture
+    if any(mark['owed']): mark['barren'] = [0]*len(self.sources)
+    yield from self._owed_pictures(mark, spares, skipped)
+
+@patch
+def _owed_pictures(self:PictureStream, mark, spares, skipped):
+    "Pictures for the gaps that are left."
+    for k in range(len(self.sources)):
+        while mark['owed'][k] and (picture := self._spare_picture(k, mark, spares, skipped)):
+            mark['owed'][k] -= 1
+            yield picture
+
+# %% ../../nbs/2_data/04_stream.ipynb #5ae4c711
+@patch
+def _samples_at(self:PictureStream, places):
+    "Place -> sample or `Skip`, for places of the common row, and for those of spare samples, which name their source."
+    own, found = [p for p in places if isinstance(p, int)], {}
+    if own:
+        first, stop, wanted = min(own), max(own) + 1, {*own}
+        others = [p - first for p in range(first, stop) if p not in wanted]
+        found = {p: s for p, s in self._items(first, stop, others) if p in wanted}
+    for p in places:
+        if p in found: continue
+        at, source = map(int, p.split(' of source '))
+        found[p] = next(self._source_items(source, at, np.ones(1, bool)))
+    return found
+
+@patch
+def _waiting(self:PictureStream, mark, skipped):
+    "The pictures that wait according to a bookmark, in order of arrival."
+    places = [*mark['held']]
+    found = self._samples_at(places)
+    for p in places:
+        try: yield self._decode(found[p], p)
+        except Skip as e: skipped.update(e.args)
+
+# %% ../../nbs/2_data/04_stream.ipynb #d8ac18b6
+@patch
+def _one_size(self:PictureStream, pictures, mark, skipped):
+    "Batches of one size each; `mark` is changed in place."
+    queues = SizeQueues(self.batch_size)
+    for picture in chain(self._waiting(mark, skipped), filter(None, pictures)):
+        batch = queues.add(picture[-2], picture[0].shape[1::-1], picture)
+        if not batch: continue
+        mark['held'] = queues.places
+        yield batch
+    for size, group in (leftover_batches if self.train else short_batches)(queues):
+        mark.update(held=queues.places, moved=mark['moved'] + sum(own != size for own, _ in group))
+        yield [p if own == size else self._decode(p[-1], p[-2], [size]) for own, p in group]
+    mark['held'] = queues.places
 
 # %% ../../nbs/2_data/04_stream.ipynb #a69b79b1
 def _take(counter):
@@ -364,16 +553,23 @@ def _take(counter):
     counter.clear()
     return content
 
+def _collate(chunk):
+    "(pictures [n,3,H,W], captions, scales [n]) of a chunk, which may be empty."
+    if not chunk: return None, [], None
+    imgs, captions, scales, *_ = zip(*chunk)
+    imgs = torch.from_numpy(np.stack(imgs)).permute(0, 3, 1, 2).contiguous()
+    return imgs, list(captions), torch.tensor(scales).float()
+
 @patch
 def _chunks(self:PictureStream):
-    "Chunks, as the class says; what is left of `skipped` comes in a last one without pictures."
+    "Chunks, as the class says; what is left, skipped or waiting, is told in a last one without pictures."
     info, skipped = get_worker_info(), Counter()
     worker, workers = ((info.id + self.first)%info.num_workers, info.num_workers) if info else (0, 1)
-    mark = dict(self.bookmarks[worker]) if self.bookmarks else self.bookmark(worker, workers)
+    mark = self._whole_bookmark(self.bookmarks[worker]) if self.bookmarks else self.bookmark(worker, workers)
     name = f'reader {self.rank*workers + worker} of {self.world*workers}'
-    pictures = self._pictures(name, mark, skipped)
-    while chunk := list(islice(pictures, self.batch_size)):
-        imgs, captions, scales = zip(*chunk)
-        imgs = torch.from_numpy(np.stack(imgs)).permute(0, 3, 1, 2).contiguous()
-        yield imgs, list(captions), torch.tensor(scales).float(), _take(skipped), (worker, dict(mark))
-    if skipped: yield None, [], None, _take(skipped), (worker, dict(mark))
+    pictures = self._pictures(name, mark, skipped, self.config.shuffle_mb*1e6/workers)
+    if self.train: pictures = filter(None, pictures)         # a validation's chunk is a batch, whatever is missing in it
+    few = iter(lambda: list(islice(pictures, self.batch_size)), [])
+    for chunk in self._one_size(pictures, mark, skipped) if self.sizes else few:
+        yield *_collate(list(filter(None, chunk))), _take(skipped), (worker, deepcopy(mark))
+    if skipped or mark.get('held'): yield None, [], None, _take(skipped), (worker, deepcopy(mark))
