@@ -23,7 +23,7 @@ import yaml
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
 from .diffusion.sampler import join_problem
