@@ -21,7 +21,7 @@ def is_visible(
     text:str, # any text
 )->bool: # False for '' and for spaces, control characters, marks without a letter, and letters without ink
     "Does a text have a character that can be seen?"
-    hidden = lambda c: (k := unicodedata.category(c))[0] in 'ZM' or k in ('Cc', 'Cf', 'Cs') or c in _BLANK
+    hidden = lambda c: (k := unicodedata.category(c))[0] in 'ZM' or k in ('Cc', 'Cf') or c in _BLANK
     return not all(map(hidden, text))
 
 # %% ../../nbs/0_ground/06_captions.ipynb #c2f4bb65
@@ -36,7 +36,9 @@ def caption_weights(
     if not fits or not all(map(is_weight, weights)): weights = [1]*len(values)
     found = {}
     for text, w in zip(values, weights):
-        if isinstance(text, str) and is_visible(text): found[text.strip()] = found.get(text.strip(), 0) + w
+        if not isinstance(text, str) or not is_visible(text): continue
+        text = text.strip().removeprefix('\ufeff').strip()      # a mark that some programs put in front of UTF-8 text
+        found[text] = found.get(text, 0) + w
     return found
 
 # %% ../../nbs/0_ground/06_captions.ipynb #4f14a069

@@ -475,7 +475,9 @@ def _quoted_row(line, lines, back, gap, width):
         if gap == '\t' and width and more.count(gap) == width - 1: break        # a row by itself
         text += more
         if '"' in more: cells = _split_row(text, gap)
-        if cells is not None and width and len(cells) > width: cells = None; break
+        if cells is not None and width and len(cells) > width:
+            cells = None
+            break
     if cells is None:
         back.extend(ahead)
         cells = line.rstrip('\r\n').split(gap)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NUL_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR',
-           'UNREACHABLE', 'PICTURES', 'TAR_ERRORS', 'META', 'Skip', 'load_picture', 'get_captions', 'get_caption',
-           'pick_caption', 'EmbeddedCaption', 'get_embedding', 'decode_sample', 'tar_members', 'tar_samples',
-           'read_tar', 'count_damage']
+           'UNREACHABLE', 'PICTURES', 'TAR_ERRORS', 'META', 'Skip', 'load_picture', 'usable_captions', 'get_captions',
+           'get_caption', 'pick_caption', 'EmbeddedCaption', 'get_embedding', 'decode_sample', 'tar_members',
+           'tar_samples', 'read_tar', 'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
 import io, json, lzma, random, re, tarfile, zipfile, zlib
@@ -66,8 +66,13 @@ def _json_of(data):
     except (ValueError, RecursionError) as e: raise Skip(BAD_CAPTION) from e
     return found if isinstance(found, dict) else {}
 
-def _usable(value, weights=None):
-    "The captions in a value, with their weights. Raises `Skip` when there is none, and none that is text."
+
+# %% ../../nbs/2_data/03_samples.ipynb #a3791d54
+def usable_captions(
+    value, # a text, or a list of texts; whatever is no text is left out
+    weights:list|None=None, # a number above 0 for each of the list; None: all alike
+)->dict[str, float]: # caption -> weight; at least one
+    "The captions in a value that training can use, with their weights. Raises `Skip` when there is none."
     captions, reason = caption_weights(value, weights), NO_CAPTION
     for text in [*captions]:
         try: text.encode('utf-8')                            # JSON can hold half of a character, which is no text
@@ -79,12 +84,12 @@ def _usable(value, weights=None):
     if not captions: raise Skip(reason)
     return captions
 
-# %% ../../nbs/2_data/03_samples.ipynb #a3791d54
+# %% ../../nbs/2_data/03_samples.ipynb #ab22ab99
 def _from_json(data):
     "The captions under the usual keys of a JSON file. Raises `Skip`."
     found = _json_of(data)
     for value, weights in ((found.get('captions'), found.get('caption_weights')), (found.get('caption'), None)):
-        if caption_weights(value): return _usable(value, weights)
+        if caption_weights(value): return usable_captions(value, weights)
     raise Skip(NO_CAPTION)
 
 def _from_keys(sample, key):
@@ -92,7 +97,7 @@ def _from_keys(sample, key):
     found, parts = _json_of(sample['json']) if 'json' in sample else {}, []
     for name, share in parse_shares(key).items():
         value = _text_of(sample['txt']) if name == 'txt' and 'txt' in sample else found.get(name)
-        if caption_weights(value): parts.append((_usable(value, found.get('caption_weights')), share))
+        if caption_weights(value): parts.append((usable_captions(value, found.get('caption_weights')), share))
     if not parts: raise Skip(NO_CAPTION)
     return merge_captions(parts)
 
@@ -106,7 +111,7 @@ def get_captions(
     problems = [Skip(NO_CAPTION)]
     if 'txt' in sample:
         try:
-            first = _usable(_text_of(sample['txt']))
+            first = usable_captions(_text_of(sample['txt']))
             if b'"captions"' not in sample.get('json', b''): return first
             try: several = _from_json(sample['json'])
             except Skip: return first
