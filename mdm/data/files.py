@@ -6,8 +6,9 @@
 __all__ = ['TIMEOUT', 'TRIES', 'WAIT', 'pattern_kinds', 'TARS', 'BLOCK', 'MISFIT', 'CAPTION_COLUMNS', 'MANIFEST', 'linked_files',
            'redact', 'is_remote', 'filesystem', 'explain_io_error', 'with_retries', 'FileInfo', 'file_info', 'exists',
            'split_pattern', 'matching_files', 'list_files', 'find_files', 'is_tar', 'find_tars', 'RemoteFile',
-           'open_file', 'parquet_rows', 'read_table', 'column_names', 'pick_column', 'pick_caption_columns',
-           'row_captions', 'read_captions', 'resolve_sibling', 'read_manifest', 'known_shards', 'download']
+           'open_file', 'parquet_info', 'parquet_rows', 'read_table', 'column_names', 'pick_column',
+           'pick_caption_columns', 'row_captions', 'read_captions', 'resolve_sibling', 'read_manifest', 'known_shards',
+           'download']
 
 # %% ../../nbs/2_data/02_files.ipynb #28e2afc3
 import base64, errno, gzip, hashlib, io, json, os, posixpath, re, threading, time, zlib
@@ -545,6 +546,14 @@ def _parquet(f, path):
     try: return pq.ParquetFile(f)
     except ValueError as e: raise ValueError(f'{redact(path)} is not a parquet file: {e}') from e
 
+def parquet_info(
+    path:str, # path or address of a parquet file
+)->tuple[dict, int]: # column -> its Arrow type, and the number of rows
+    "What a parquet file says about itself. Raises `ImportError` without pyarrow, `ValueError` when it is no parquet file."
+    with open_file(path) as f:
+        table = _parquet(f, path)
+        return {o.name: o.type for o in table.schema_arrow}, table.metadata.num_rows
+
 def parquet_rows(
     path:str, # path or address of a parquet file
     keep:list[str]|None=None, # the columns that are wanted; None: all
@@ -598,8 +607,7 @@ def column_names(
     "The cells of a table's first line, or the columns of a parquet file."
     path = os.fspath(path)
     kind = _table_kind(path, kind)
-    if kind == 'parquet':
-        with open_file(path) as f: return _parquet(f, path).schema_arrow.names
+    if kind == 'parquet': return [*parquet_info(path)[0]]
     with _text_lines(path, kind, 'surrogateescape', quotes) as f:
         try: return next(_cells(f, kind, quotes), (0, []))[1]
         except (gzip.BadGzipFile, zlib.error, EOFError) as e: raise ValueError(f'{redact(path)} is damaged: {e}') from e
