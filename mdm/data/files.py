@@ -254,13 +254,19 @@ def _missing(pattern, names, missing):
     some = f' ({len(missing)} missing, the first is {first!r})' if len(names) > 1 else ''
     return FileNotFoundError(f'data files: no file matches {pattern!r}{some}: {mend}')
 
+def _literal_folder(pattern):
+    "The deepest folder of this machine that a pattern names as it stands, if wildcards or braces are in its name; or ''."
+    parents = [str(p) for p in Path(pattern).parents] if not is_remote(pattern) else []
+    found = next((p for p in parents if os.path.isdir(p)), '')
+    return found if re.search(r'[*?{\[]', found) else ''
+
 def _expand(pattern):
     "(folder, list of `FileInfo`) of one pattern."
     if is_remote(pattern) or not os.path.isfile(pattern):
         if kind := _pattern_kind(pattern): return kind[1](pattern.removeprefix(kind[0]))
-    folder = split_pattern(pattern)[0]
+    folder, literal = split_pattern(pattern)[0], _literal_folder(pattern)
     if not is_remote(pattern) and os.path.isfile(pattern): return folder, [file_info(pattern)]
-    try: names = list(braceexpand(pattern, escape=False))
+    try: names = [escape(literal) + o for o in braceexpand(pattern[len(literal):], escape=False)]
     except ValueError as e: raise ValueError(f'data files: the braces of {redact(pattern)!r} do not match: {e}') from e
     with ThreadPoolExecutor(8) as pool: found = dict(zip(names, pool.map(_matches, names)))
     missing = [n for n in names if not found[n]]

@@ -175,6 +175,7 @@ def decode_sample(
     seed:int|None=None, # as for `pick_caption`
 )->tuple[np.ndarray, str, int]: # (uint8 [size,size,3], caption, shorter side of the original in pixels)
     "Decode a sample. Raises `Skip` when it cannot be used."
+    if embedding and 'embs.npz' not in sample: seed = None   # only the first caption has an embedding
     caption, number = pick_caption(sample, captions, seed)
     data = next((sample[k] for k in PICTURES if k in sample), None)
     if data is None: raise Skip(NO_PICTURE)
