@@ -24,10 +24,11 @@ from .diffusion.objective import Diffusion
 from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import for_img2img, for_inpaint, for_upscale
-from .recipe import Recipe, check_join, check_steps
+from .recipe import Recipe, check_join, check_steps, size_unit
 from .text import TextEncoder, create_text_encoder
 from .utils.configs import ConfigError, changed, nearest
 from .utils.pictures import from_pil, open_picture, to_pil
+from .utils.sizes import read_size, size_text
 
 # %% ../nbs/3_training/03_pipeline.ipynb #34100117
 class MDMPipeline:
@@ -101,6 +102,19 @@ def config(self:MDMPipeline,
     if problems: raise ConfigError('sampling', problems)
     return config
 
+# %% ../nbs/3_training/03_pipeline.ipynb #2e28a6b2
+@patch
+def picture_size(self:MDMPipeline,
+    size:str|tuple[int, int]|None=None, # 'WIDTHxHEIGHT' in pixels, or (width, height); None: the square of the recipe
+)->tuple[int, int]: # (width, height); raises ValueError for a size that the networks cannot draw
+    "The size of the pictures to draw."
+    if size is None: return (self.recipe.data.image_size,)*2
+    size, (unit, least) = read_size(size), size_unit(self.recipe.model)
+    if all(o % unit == 0 and o >= least for o in size): return size
+    near = [max(-(-least//unit), round(o/unit))*unit for o in size]
+    raise ValueError(f'size {size_text(size)}: the sides must be multiples of {unit} and at least {least} pixels for this '
+                     f'model; the nearest size is {size_text(near)}')
+
 # %% ../nbs/3_training/03_pipeline.ipynb #acbcf302
 @patch
 @torch.no_grad()
@@ -112,6 +126,7 @@ def steps(self:MDMPipeline,
     given:Given|None=None, # what is known of the pictures: `for_upscale`, `for_img2img` or `for_inpaint`
     device_noise:bool=False, # draw noise on the GPU: faster for 'ddpm', but other pictures than on a CPU
     guide:'MDMPipeline|None'=None, # a weaker model to push away from, instead of from an empty prompt (autoguidance)
+    size:str|tuple[int, int]|None=None, # of the pictures, as for `picture_size`
 )->Iterator[Step]: # one for every step taken, all pictures together; close it, or leave the loop, to stop
     "Sample one batch, step by step."
     config, uncond, uncond_mask = config or self.recipe.sample, None, None
@@ -119,7 +134,8 @@ def steps(self:MDMPipeline,
     cond, mask = self.encoder(prompts)
     if config.guidance != 1 and not guide: uncond, uncond_mask = self.encoder(negative_prompts or ['']*len(prompts))
     draw = PictureNoise(range(len(prompts)) if seeds is None else seeds, self.device, device_noise)
-    todo = sample_steps(self.model, self.diffusion, self.recipe.data.image_size, cond, mask, uncond, uncond_mask,
+    width, height = self.picture_size(size)
+    todo = sample_steps(self.model, self.diffusion, (height, width), cond, mask, uncond, uncond_mask,
                         config=config, seeds=draw, device=self.device, given=given, guide=weaker)
     while True:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16): step = next(todo, None)
@@ -162,6 +178,7 @@ def __call__(self:MDMPipeline,
     given:Given|None=None, # what is known of the pictures, as for `steps`
     device_noise:bool=False, # draw noise on the GPU, as for `steps`
     guide:'MDMPipeline|None'=None, # a weaker model to push away from, as for `steps`
+    size:str|tuple[int, int]|None=None, # of the pictures, e.g. '384x256', as for `picture_size`
     **kwargs, # for `config`
 )->list: # PIL pictures, only finished batches when it was stopped; raises `ConfigError` or ValueError for impossible values
     "Make pictures of a prompt."
@@ -174,7 +191,7 @@ def __call__(self:MDMPipeline,
     for done, i in enumerate(starts):
         batch = prompts[i:i + batch_size]
         seeds = list(range(seed + i, seed + i + len(batch)))
-        steps = self.steps(batch, [negative_prompt]*len(batch), seeds, config, given, device_noise, guide)
+        steps = self.steps(batch, [negative_prompt]*len(batch), seeds, config, given, device_noise, guide, size)
         report = lambda step: progress and progress(done*step.total + step.index, len(starts)*step.total)
         finished = _finish(steps, report)
         if finished is None: break
@@ -186,12 +203,13 @@ def __call__(self:MDMPipeline,
 def fitting(self:MDMPipeline,
     picture:Image.Image|str|Path, # a picture, or its file
     what:str='the picture', # its name in the error
+    size:str|tuple[int, int]|None=None, # of the pictures to draw, as for `picture_size`
 )->Image.Image: # the picture; raises ValueError when it is not as large as the model's
-    "Refuse a picture of another size than the model's."
-    size, name = self.recipe.data.image_size, '' if isinstance(picture, Image.Image) else f' {picture}'
+    "Refuse a picture of another size than the one to draw."
+    (width, height), name = self.picture_size(size), '' if isinstance(picture, Image.Image) else f' {picture}'
     image = open_picture(picture)
-    if image.size == (size, size): return image
-    raise ValueError(f'{what}{name} has {image.width} x {image.height} pixels, and the model draws {size} x {size}: '
+    if image.size == (width, height): return image
+    raise ValueError(f'{what}{name} has {image.width} x {image.height} pixels, and the model draws {width} x {height}: '
                      'crop and resize it first (ImageOps.fit of Pillow does both)')
 
 # %% ../nbs/3_training/03_pipeline.ipynb #e8e8037d
@@ -200,11 +218,12 @@ def fitting(self:MDMPipeline,
 def upscale(self:MDMPipeline,
     picture:Image.Image|str|Path, # a picture as large as an inner network's (e.g. 64 or 256 pixels for 1024), or its file
     prompt:str|list[str]='', # what it shows
+    size:str|tuple[int, int]|None=None, # of the large picture, as for `picture_size`
     **kwargs, # for the pipeline
 )->list: # as of the pipeline; raises ValueError for a picture of another size
     "Draw a small picture larger: give it to the inner network while the outer ones are sampled."
-    given = for_upscale(from_pil(picture), self.recipe.data.image_size, self.model.scales)
-    return self(prompt, given=given, **kwargs)
+    given = for_upscale(from_pil(picture), self.picture_size(size)[::-1], self.model.scales)
+    return self(prompt, given=given, size=size, **kwargs)
 
 # %% ../nbs/3_training/03_pipeline.ipynb #4550663d
 @patch
@@ -213,10 +232,12 @@ def img2img(self:MDMPipeline,
     picture:Image.Image|str|Path, # a picture as large as the model's, or its file
     prompt:str|list[str]='', # what to make of it
     strength:float=.6, # share of the diffusion steps to take, above 0: more changes more; 1 ignores the picture
+    size:str|tuple[int, int]|None=None, # of the picture, as for `picture_size`
     **kwargs, # for the pipeline
 )->list: # as of the pipeline; raises ValueError for a picture of another size
     "Draw a picture anew, beginning with the picture under noise."
-    return self(prompt, given=for_img2img(from_pil(self.fitting(picture)), self.model.scales, strength), **kwargs)
+    given = for_img2img(from_pil(self.fitting(picture, size=size)), self.model.scales, strength)
+    return self(prompt, given=given, size=size, **kwargs)
 
 # %% ../nbs/3_training/03_pipeline.ipynb #de178ccc
 @patch
@@ -227,9 +248,10 @@ def inpaint(self:MDMPipeline,
     prompt:str|list[str]='', # what the whole picture shows
     strength:float=1., # below 1, what was under the mask shows through
     repeats:int=1, # times that each step is taken: new and old agree better, for as many times the calls
+    size:str|tuple[int, int]|None=None, # of the picture, as for `picture_size`
     **kwargs, # for the pipeline
 )->list: # as of the pipeline; raises ValueError for a picture or mask of another size
     "Paint a part of a picture anew; the rest stays as it is."
-    white = from_pil(self.fitting(mask, 'the mask')).mean(1, keepdim=True)
-    given = for_inpaint(from_pil(self.fitting(picture)), white, self.model.scales, strength, repeats)
-    return self(prompt, given=given, **kwargs)
+    white = from_pil(self.fitting(mask, 'the mask', size)).mean(1, keepdim=True)
+    given = for_inpaint(from_pil(self.fitting(picture, size=size)), white, self.model.scales, strength, repeats)
+    return self(prompt, given=given, size=size, **kwargs)

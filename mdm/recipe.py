@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'Recipe', 'RecipeError', 'valid_keys', 'read_model',
-           'check_weights', 'check_batch', 'check_text', 'check_image_size', 'init_checkpoints', 'check_freeze',
-           'check_steps', 'check_join', 'check_segments', 'check_dropout', 'check_recipe', 'read_sections',
-           'build_recipe', 'recipe_dict', 'escaped', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format',
-           'read_yaml', 'apply_overrides', 'load_recipe']
+           'check_weights', 'check_batch', 'check_text', 'size_unit', 'check_image_size', 'init_checkpoints',
+           'check_freeze', 'check_steps', 'check_join', 'check_segments', 'check_dropout', 'check_recipe',
+           'read_sections', 'build_recipe', 'recipe_dict', 'escaped', 'save_recipe', 'read_source', 'RecipeFormat',
+           'find_format', 'read_yaml', 'apply_overrides', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
 import json, re
@@ -32,6 +32,7 @@ from .text import TextConfig
 from .utils.configs import ConfigError, config_class, read_config, unknown_key, violations
 from .utils.files import atomic_write, presets
 from .utils.plugins import load_formats
+from .utils.sizes import size_text
 
 # %% ../nbs/3_training/01_recipe.ipynb #875510fe
 _Fraction = Annotated[float, Field(ge=0, lt=1)]   # 0 <= x < 1
@@ -213,16 +214,28 @@ def check_text(
     return [_line(place, width, "a multiple of 8, the heads of the model's text layers")] if width % 8 else []
 
 # %% ../nbs/3_training/01_recipe.ipynb #4136eb99
+def size_unit(
+    model:UNetConfig, # the networks
+)->tuple[int, int]: # (every side is a multiple of this, shortest side), in pixels of the highest resolution
+    "Which pictures a model can draw: every level of every network halves a picture of even size."
+    scales, levels = model_scales(model), len(_innermost(model)[0].channels)
+    return scales[0]*2**(levels - 1), scales[0]*8
+
 def check_image_size(
     model:UNetConfig, # the networks
     data:DataConfig, # the pictures
 )->list[str]: # lines for `RecipeError`
-    "Every level of every network halves a picture of even size."
-    scales, levels, size = model_scales(model), len(_innermost(model)[0].channels), data.image_size
-    unit, least = scales[0]*2**(levels - 1), scales[0]*8
-    if size < 1 or (size % unit == 0 and size >= least): return []
-    return [_line('data.image_size', size, f'a multiple of {unit} that is at least {least}, '
-                  f'for a model of scales {scales} with {levels} levels in the innermost network')]
+    "The model can draw pictures of the data's size, or of its sizes."
+    (unit, least), scales = size_unit(model), model_scales(model)
+    if data.image_size < 1: return []
+    fits = lambda *sides: all(o % unit == 0 and o >= least for o in sides)
+    want = f'a multiple of {unit} that is at least {least}'
+    of = f'for a model of scales {scales} with {len(_innermost(model)[0].channels)} levels in the innermost network'
+    if not fits(data.image_size): return [_line('data.image_size', data.image_size, f'{want}, {of}')]
+    wrong = [] if violations(data) else [size_text(o) for o in data.sizes if not fits(*o)]
+    if wrong and data.buckets == ['auto']:
+        return [_line('data.bucket_step', data.bucket_step or data.image_size//8, f'{want.split(" that")[0]}, {of}')]
+    return [_line('data.buckets', wrong, f'{want} in every width and height, {of}')] if wrong else []
 
 # %% ../nbs/3_training/01_recipe.ipynb #504367de
 def init_checkpoints(

@@ -140,12 +140,13 @@ def _sample_command(
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
     (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
+    size = {'size': args.size} if args.size else {}
     pictures = sample_with_bar(tool, prompts, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt,
-                               batch_size=args.batch_size, **guide, **wishes)
+                               batch_size=args.batch_size, **guide, **size, **wishes)
     if not args.every_resolution: pictures = pictures[:1]
     captions = [p for p in prompts for _ in range(args.n)]
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
-    about = dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=args.checkpoint,
+    about = dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, **size, checkpoint=args.checkpoint,
                  weights=weights, software='mdm')
     sheet = make_sheet(pictures, [f'{p} (seed {args.seed + k})' for k, p in enumerate(captions)])
     single = out.suffix.lower() == '.png'
@@ -193,6 +194,8 @@ def mdm_sample(
         help='a weaker model of the same resolutions to push away from, instead of from an empty prompt: '
              'an earlier checkpoint, or the same one with --guide-ema')
     add('--guide-ema', metavar='DECAY', type=float, help='which moving average of --guide, where training kept several (the first)')
+    add('--size', metavar='WIDTHxHEIGHT',
+        help='size of the pictures, e.g. 384x256; best is one that the model was trained on (the square of the recipe)')
     add('--every-resolution', action='store_true',
         help="save the smaller pictures of the model's inner resolutions too")
     add('--output', metavar='PATH', default='samples',

@@ -6,9 +6,9 @@
 __all__ = ['TIMEOUT', 'TRIES', 'WAIT', 'pattern_kinds', 'TARS', 'BLOCK', 'MISFIT', 'CAPTION_COLUMNS', 'MANIFEST', 'linked_files',
            'redact', 'is_remote', 'filesystem', 'explain_io_error', 'with_retries', 'FileInfo', 'file_info', 'exists',
            'split_pattern', 'matching_files', 'file_identity', 'list_files', 'find_files', 'is_tar', 'find_tars',
-           'RemoteFile', 'open_file', 'parquet_info', 'parquet_rows', 'read_table', 'column_names', 'pick_column',
-           'pick_caption_columns', 'row_captions', 'read_captions', 'resolve_sibling', 'read_manifest', 'known_shards',
-           'download']
+           'RemoteFile', 'reading_copy', 'open_file', 'parquet_info', 'parquet_rows', 'read_table', 'column_names',
+           'pick_column', 'pick_caption_columns', 'row_captions', 'read_captions', 'resolve_sibling', 'read_manifest',
+           'known_shards', 'copy_file', 'download']
 
 # %% ../../nbs/2_data/02_files.ipynb #28e2afc3
 import base64, errno, gzip, hashlib, io, json, os, posixpath, re, threading, time, zlib
@@ -432,10 +432,23 @@ def readall(self:RemoteFile)->bytes: # everything from here to the end
     return b''.join(iter(lambda: self.read(BLOCK), b''))
 
 # %% ../../nbs/2_data/02_files.ipynb #f1353558
+_copies = {}   # address -> path of a copy on this machine
+
+@contextmanager
+def reading_copy(
+    path:str, # address of a file
+    copy, # path of a copy on this machine; None: there is none
+): # a context
+    "Let `open_file` read a copy in place of a remote file."
+    if copy: _copies[path] = copy
+    try: yield
+    finally: _copies.pop(path, None)
+
 def open_file(
     path, # path or address
 ): # a binary file to read from, with `seek`; close it or use it in a `with`
     "Open a file anywhere. Raises `FileNotFoundError`, `PermissionError`, `ConnectionError`."
+    path = _copies.get(path, path)
     return io.BufferedReader(RemoteFile(path), BLOCK) if is_remote(path) else open(path, 'rb')
 
 # %% ../../nbs/2_data/02_files.ipynb #792e0440
@@ -847,6 +860,14 @@ def _copy(info, target, stop, bar):
     if info.modified: os.utime(partial, (info.modified, info.modified))
     os.replace(partial, target)
     return max(fetched, 1)
+
+# %% ../../nbs/2_data/02_files.ipynb #784a0a71
+def copy_file(
+    info:FileInfo, # of the file
+    target:Path, # where the copy goes
+):
+    "Copy one file as `download` does, checked and whole. Raises `OSError`; what had come is used when it is tried again."
+    with tqdm(disable=True) as bar: _copy(info, Path(target), threading.Event(), bar)
 
 # %% ../../nbs/2_data/02_files.ipynb #fbdf6110
 def download(

@@ -21,6 +21,7 @@ from .stream import DataConfig, PictureStream, find_shards
 from ..utils.configs import changed
 from ..utils.pictures import contact_sheet
 from ..utils.ranks import rank_and_world
+from ..utils.sizes import size_text
 
 # %% ../../nbs/2_data/05_loader.ipynb #558fb138
 def end_with_parent(
@@ -35,7 +36,7 @@ def end_with_parent(
 
 # %% ../../nbs/2_data/05_loader.ipynb #15316bd4
 class PictureLoader:
-    "Batches (pictures `[B,3,S,S]` uint8, captions, `{'scale': [B] float32}`); `skipped` counts reasons in this epoch."
+    "Batches (pictures `[B,3,H,W]` uint8, captions, `{'scale': [B] float32}`); `skipped` counts reasons in this epoch."
     def __init__(self,
         dataset:PictureStream, # this process's share of the data
         workers:int=0, # worker processes
@@ -43,13 +44,15 @@ class PictureLoader:
         self.dataset, self.workers, self.batch_size = dataset, workers, dataset.batch_size
         self.epoch, self.skipped, self.device = 0, Counter(), None
         self._running, self._resume = None, None
+        self.moved = 0            # with buckets, pictures of the last epoch that were cut to a neighbouring size
 
     @property
     def bs(self)->int: return self.batch_size # pictures per batch; fastai's name for it
 
     def __len__(self): # batches per epoch; one pass over the data may have fewer when samples must be skipped
-        start, stop = self.dataset.share(self.dataset.rank, self.dataset.world)
-        return (stop - start)//self.bs if self.dataset.train else math.ceil((stop - start)/self.bs)
+        data, n = self.dataset, max(self.workers, 1) if self.dataset.sizes else 1    # with buckets, a batch comes from one reader
+        shares = (data.share(data.rank*n + k, data.world*n) for k in range(n))
+        return sum((stop - start)//self.bs if data.train else math.ceil((stop - start)/self.bs) for start, stop in shares)
 
     def to(self,
         device, # where batches should go
@@ -66,7 +69,7 @@ def _settings(self:PictureLoader):
     counts = [[s.count for s in source] for source in data.sources]
     samples = [[sum(c), zlib.crc32(repr(c).encode())] for c in counts]
     usual = DataConfig()
-    names = [k for k in ('filters', 'shuffle_mb') if getattr(config, k) != getattr(usual, k)]
+    names = [k for k in ('filters', 'shuffle_mb', 'buckets', 'bucket_step') if getattr(config, k) != getattr(usual, k)]
     return dict(batch_size=self.bs, world=data.world, rank=data.rank, workers=self.workers, seed=data.seed,
                 train=data.train, shuffle=config.shuffle, epoch=data.size, samples=samples,
                 weights=[*config.weights] if config.weights else None, **{k: getattr(config, k) for k in names})
@@ -77,7 +80,8 @@ def _place(self:PictureLoader, epoch, batch=0):
     n = max(self.workers, 1)
     chunks = [batch//n + (w < batch%n) for w in range(n)]    # a chunk of each reader in turn, one a batch
     readers = [self.dataset.bookmark(w, n, epoch, self.bs*chunks[w]) for w in range(n)]
-    return dict(epoch=epoch, batch=batch, readers=readers, next=batch%n, used=0, skipped={}, settings=self._settings())
+    place = dict(epoch=epoch, batch=batch, readers=readers, next=batch%n, used=0, skipped={}, settings=self._settings())
+    return {**place, 'sizes': {}} if self.dataset.sizes else place
 
 # %% ../../nbs/2_data/05_loader.ipynb #594e6cd1
 @patch
@@ -92,8 +96,17 @@ def _batch(self:PictureLoader, imgs, captions, scales, pending):
         place['used'] -= size
         place['next'] = (worker + 1)%max(self.workers, 1)
         place['skipped'] = dict(Counter(place['skipped']) + Counter(skipped))
+    if self.dataset.sizes:
+        size = size_text(imgs.shape[:1:-1])
+        place['sizes'][size] = place['sizes'].get(size, 0) + len(captions)
     batch = imgs, captions, {'scale': scales}
     return batch if self.device is None else to_device(batch, self.device)
+
+# %% ../../nbs/2_data/05_loader.ipynb #6955d493
+@patch(as_prop=True)
+def size_counts(self:PictureLoader)->dict[str, int]: # e.g. {'48x80': 64, '64x64': 32}; empty without buckets
+    "Pictures of each size that this epoch has handed out so far."
+    return dict((self._running or {}).get('sizes', {}))
 
 # %% ../../nbs/2_data/05_loader.ipynb #573443cd
 def _joined(a, b):
@@ -113,19 +126,24 @@ def _epoch(self:PictureLoader, start):
     "The batches of an epoch from a place on."
     place = self._running = deepcopy(start)
     self.epoch, self.skipped = place['epoch'] + 1, Counter(place['skipped'])
-    rest, pending = None, deque()
+    rest, pending, marks = None, deque(), {}
     used = place['used']                                     # pictures of the first chunk that were handed out before
     for *chunk, skipped, (worker, bookmark) in self._chunks(place):
         self.skipped.update(skipped)
         pending.append((len(chunk[1]), worker, bookmark, skipped))
+        marks[worker] = bookmark
         if not chunk[1]: continue                            # only reasons of skipped samples
+        if self.dataset.sizes:                               # a chunk is a batch
+            yield self._batch(*chunk, pending)
+            continue
         rest = _joined(rest, [o[used:] for o in chunk])
         used = 0
         while len(rest[1]) >= self.bs:
             yield self._batch(*(o[:self.bs] for o in rest), pending)
             rest = [o[self.bs:] for o in rest]
-    left = len(rest[1]) if rest else 0
-    if left and not self.dataset.train: yield self._batch(*rest, pending)
+    left = len(rest[1]) if rest else sum(len(o.get('held', ())) for o in marks.values())
+    self.moved = sum(o.get('moved', 0) for o in marks.values())
+    if rest and left and not self.dataset.train: yield self._batch(*rest, pending)
     self._report(place, left)
 
 # %% ../../nbs/2_data/05_loader.ipynb #55e649f5
@@ -146,6 +164,16 @@ def _report(self:PictureLoader, place, left):
     if dry := self._dry_sources(place):
         warnings.warn(f'{kind}: no usable pictures in {redact(dry)}, so pictures of the other data.files took their place '
                       'and data.weights were not kept', stacklevel=4)
+    if self.dataset.sizes and self.dataset.train: self._report_sizes(place, left)
+
+@patch
+def _report_sizes(self:PictureLoader, place, left):
+    "Warn when much of an epoch did not fit into batches of one size."
+    used = sum(place['sizes'].values())
+    if self.moved + left <= .1*used: return
+    warnings.warn(f'epoch {place["epoch"]} of the training data: of {used + left} pictures, {self.moved} were cut to a '
+                  f'neighbouring size, and {left} were left over, since batches have one size. Fewer data.buckets, '
+                  'a smaller train.batch_size or fewer data.workers lower these numbers', stacklevel=5)
 
 @patch
 def _dry_sources(self:PictureLoader, place):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NUL_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR',
-           'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'TAR_ERRORS', 'META', 'Skip', 'load_picture',
+           'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'TAR_ERRORS', 'META', 'Skip', 'crop_box', 'load_picture',
            'usable_captions', 'get_captions', 'get_caption', 'pick_caption', 'EmbeddedCaption', 'get_embedding',
            'decode_sample', 'MoreData', 'tar_members', 'tar_samples', 'read_tar', 'damage_reason', 'count_damage']
 
@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from .captions import CaptionConfig, caption_weights, choose, edit_caption, merge_captions, parse_shares
 from .files import open_file
 from ..utils.pictures import to_rgb
+from ..utils.sizes import nearest_size
 
 # %% ../../nbs/2_data/03_samples.ipynb #1de605ef
 class Skip(Exception):
@@ -38,23 +39,37 @@ FEWER = 'sample that was counted but is not in its shard'
 UNREACHABLE = 'tar that could not be fetched, in spite of several tries'
 
 # %% ../../nbs/2_data/03_samples.ipynb #bc4b1e9e
+def crop_box(
+    picture:tuple[int, int], # (width, height) of a picture
+    size:tuple[int, int], # (width, height) of the wanted picture
+    place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
+)->tuple: # (left, top, right, bottom) in pixels: whole ones where nothing is resized
+    "The largest part of a picture that has the wanted shape."
+    (W, H), (w, h) = picture, size
+    width, height = (W, W*h/w) if W*h <= H*w else (H*w/h, H)
+    number = int if (width, height) == (w, h) else float
+    x, y = (number((n - m)*p) for n, m, p in zip(picture, (width, height), place))
+    return x, y, x + width, y + height
+
+# %% ../../nbs/2_data/03_samples.ipynb #bab9f6de
 def load_picture(
     data:bytes, # a picture file
-    size:int, # side of the wanted square, in pixels
+    size:int|list[tuple[int, int]], # side of the wanted square in pixels; or sizes (width, height): the one that cuts off least
     place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
-)->tuple[Image.Image, int]: # (RGB picture of `size` by `size`, shorter side of the original in pixels)
-    "Decode a picture, turn it upright, crop it to a square and resize it. Raises `Skip` when that cannot be done."
+)->tuple[Image.Image, int]: # (RGB picture of that size, `scale`: side in pixels of a square as large as the part of the original that is shown)
+    "Decode a picture, turn it upright, crop it and resize it. Raises `Skip` when that cannot be done."
+    sizes = [(size, size)] if isinstance(size, int) else size
     try:
         img = Image.open(io.BytesIO(data))
-        scale = min(img.size)
-        img.draft(None, (2*size, 2*size))
+        shorter, longest = min(img.size), max(map(max, sizes))
+        img.draft(None, (2*longest, 2*longest))
         img = to_rgb(ImageOps.exif_transpose(img))
     except Exception as e: raise Skip(BAD_PICTURE) from e                      # decoders fail in many ways
-    side = min(img.size)
-    number = int if side == size else float                                    # whole pixels where nothing is resized
-    x, y = (number((n - side)*p) for n, p in zip(img.size, place))
-    square = img.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side), reducing_gap=3.)
-    return square, scale
+    wanted = nearest_size(img.size, sizes)
+    box = crop_box(img.size, wanted, place)
+    area = (box[2] - box[0])*(box[3] - box[1])
+    cut = img.resize(wanted, Image.Resampling.BICUBIC, box=box, reducing_gap=3.)
+    return cut, round(area**.5*shorter/min(img.size))
 
 # %% ../../nbs/2_data/03_samples.ipynb #bac147d5
 def _text_of(data):
@@ -170,12 +185,12 @@ PICTURES = ('jpg', 'jpeg', 'png', 'webp')   # extensions of pictures
 
 def decode_sample(
     sample:dict, # bytes by extension
-    size:int, # side of the wanted square, in pixels
+    size:int|list[tuple[int, int]], # side of the wanted square in pixels, or sizes, as for `load_picture`
     place:tuple[float, float]=(.5, .5), # where to crop, as for `load_picture`
     embedding:bool=False, # the caption gets its text embedding
     captions:CaptionConfig|None=None, # as for `pick_caption`
     seed:int|None=None, # as for `pick_caption`
-)->tuple[np.ndarray, str, int]: # (uint8 [size,size,3], caption, shorter side of the original in pixels)
+)->tuple[np.ndarray, str, int]: # (uint8 [height,width,3], caption, scale as of `load_picture`)
     "Decode a sample. Raises `Skip` when it cannot be used."
     if embedding and 'embs.npz' not in sample: seed = None   # only the first caption has an embedding
     caption, number = pick_caption(sample, captions, seed)

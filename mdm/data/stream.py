@@ -11,10 +11,11 @@ import math, os, random, tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count, islice, repeat
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -23,13 +24,15 @@ from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 from .captions import CaptionConfig, caption_rules
-from .files import (FileInfo, MANIFEST, TARS, file_identity, file_info, is_tar, known_shards, list_files, open_file,
-                            redact, resolve_sibling)
+from .files import (FileInfo, MANIFEST, TARS, copy_file, file_identity, file_info, is_remote, is_tar, known_shards,
+                            list_files, open_file, reading_copy, redact, resolve_sibling)
 from .filters import apply_filters, flipped, may_flip, read_filter
 from .samples import FEWER, PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
+from ..utils.cache import FileCache
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
 from ..utils.ranks import rank_and_world
+from ..utils.sizes import SizeQueues, bucket_sizes, leftover_batches, short_batches
 
 # %% ../../nbs/2_data/04_stream.ipynb #645284a2
 @config_class
@@ -46,6 +49,15 @@ class DataConfig(CaptionConfig):
     shuffle_mb:float=256. # megabytes of files in the shuffle buffers of a process, all workers together; large files shorten the buffers
     workers:int=2 # worker processes that read and decode; 0: none
     embeddings:bool=False # captions bring their text embeddings, made by `mdm_dataset embed`
+    buckets:list[str] = field(default_factory=list) # sizes that batches have, such as [64x64, 48x80, 80x48], or [auto]; none: squares of image_size
+    bucket_step:int|None=None # sides of the sizes of [auto] are multiples of this; None: image_size/8
+    cache:str|None=None # folder on this machine that keeps copies of remote shards; null: read them over the network every time
+    cache_gb:float=50. # gigabytes that these copies may take; those used least recently go first
+
+    @property
+    def sizes(self)->list[tuple[int, int]]: # (width, height) each; []: squares only
+        "The sizes that batches have."
+        return bucket_sizes(self.buckets, self.image_size, self.bucket_step)
 
     def rules(self):
         n, weights = len(self.files), self.weights
@@ -61,13 +73,23 @@ class DataConfig(CaptionConfig):
             (self.shuffle < 0, 'shuffle', '0 or more'),
             (self.shuffle_mb <= 0, 'shuffle_mb', 'a number above 0'),
             (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
-            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null')]
+            (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
+            (self.cache_gb <= 0, 'cache_gb', 'a number above 0'),
+            *_bucket_rules(self)]
 
     def _filter_rules(self):
         "A broken rule for each filter that cannot be read."
         for text in self.filters:
             try: read_filter(text)
             except ValueError as e: yield True, 'filters', f'conditions; {e}'
+
+def _bucket_rules(c):
+    "Rules about the sizes of batches."
+    step = c.bucket_step
+    if step is not None and step < 1: return [(True, 'bucket_step', 'a number above 0, or null')]
+    try: c.sizes
+    except ValueError as e: return [(True, 'buckets', f'[auto], or sizes such as [64x64, 48x80, 80x48] ({e})')]
+    return [(step is not None and c.buckets != ['auto'], 'bucket_step', 'null: only {place}.buckets = [auto] has a step')]
 
 # %% ../../nbs/2_data/04_stream.ipynb #ab22943a
 @dataclass
@@ -265,7 +287,7 @@ def shuffled(
 
 # %% ../../nbs/2_data/04_stream.ipynb #a34ac010
 class PictureStream(IterableDataset):
-    "One process's share of an epoch: (pictures `[n,3,S,S]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
+    "One process's share of an epoch: (pictures `[n,3,H,W]` or None, captions, scales `[n]`, skipped, (reader, bookmark))."
     def __init__(self,
         shards:list, # `Shard`s, not empty
         config:DataConfig, # image size, crop, epoch size, shuffle buffer, weights
@@ -281,6 +303,8 @@ class PictureStream(IterableDataset):
         self.first = 0            # which reader of this process hands out its chunk first
         self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings)
         self.filters = [read_filter(o) for o in config.filters]
+        self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
+        self.sizes = config.sizes # of batches; []: squares only
         mix = config.weights if train else None
         self.sources = [[s for s in shards if s.source == k] for k in range(len(mix))] if mix else [shards]
         self.counts = [sum(s.count for s in source) for source in self.sources]                # samples of each source
@@ -308,7 +332,8 @@ def share(self:PictureStream,
 )->tuple[int, int]: # (first place, one past the last place) in the endless row
     "The places of a reader in an epoch."
     at = (self.epoch if epoch is None else epoch)*self.size if self.train else 0
-    return at + self.size*k//n, at + self.size*(k+1)//n
+    unit = self.batch_size if self.sizes and self.endless else 1               # a reader makes whole batches of one size
+    return at + self.size//unit*k//n*unit, at + self.size//unit*(k+1)//n*unit
 
 @patch
 def bookmark(self:PictureStream,
@@ -321,7 +346,8 @@ def bookmark(self:PictureStream,
     if self.train: (at, stop), part, parts = self.share(self.rank*workers + worker, self.world*workers, epoch), 0, 1
     else: (at, stop), part, parts = self.share(self.rank, self.world, epoch), worker, workers
     mark = self._whole_bookmark(dict(at=at, stop=stop, part=part, parts=parts, used=0))
-    return mark | dict(used=min(used, int(self._own_places(mark).sum())))
+    waiting = dict(held=[], moved=0) if self.sizes else {}
+    return mark | dict(used=min(used, int(self._own_places(mark).sum()))) | waiting
 
 @patch
 def _own_places(self:PictureStream, mark):
@@ -358,11 +384,29 @@ def order(self:PictureStream,
     return shards
 
 @patch
+@contextmanager
+def _cached(self:PictureStream, shard):
+    "Read a remote shard from the cache, if there is one. Yields the key of the copy, or None."
+    if not (self.cache and is_remote(shard.tar)):
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            info = file_info(shard.tar)
+            known = info.size is not None and info.tag       # otherwise a change would go unnoticed
+            copy = known and stack.enter_context(self.cache.hold(info.key, info.name, info.size, partial(copy_file, info)))
+        except OSError: copy = None                          # `read_shard` finds the reason, and counts it
+        stack.enter_context(reading_copy(shard.tar, copy))
+        yield info.key if copy else None
+
+@patch
 def _piece(self:PictureStream, shard, start, stop, turn, needed):
     "One item for each sample of a piece. The first one that is missing gives the reasons."
     skipped, n = Counter(), 0
-    for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys, needed), 1):
-        yield {**sample, '__turn__': turn} if needed[n - 1] else Skip()
+    with self._cached(shard) as key:
+        for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys, needed), 1):
+            yield {**sample, '__turn__': turn} if needed[n - 1] else Skip()
+    if key and n < stop - start: self.cache.remove(key)      # the copy may be damaged: fetch it again next time
     if n < stop - start: yield Skip(*skipped.elements()) if skipped else Skip(FEWER)
     yield from repeat(Skip() if skipped else Skip(FEWER), stop - start - n - 1)
 
@@ -392,16 +436,20 @@ def _items(self:PictureStream, start, stop, used=(), mine=None):
 
 # %% ../../nbs/2_data/04_stream.ipynb #53d4a60e
 @patch
-def _decode(self:PictureStream, sample, place):
-    "(array [S,S,3], caption, scale) of a sample; `place` is a word for where it stands. Raises `Skip`."
+def _decode(self:PictureStream, sample, place, sizes=None):
+    """(array [H,W,3], caption, scale) of a sample; with buckets, `place` and `sample` follow. `place` is a word for where
+    it stands. Raises `Skip`."""
+    sizes = sizes or self.sizes
     if isinstance(sample, Skip): raise Skip(*sample.args)
     apply_filters(sample, self.filters)
     rng, where = random.Random(f'{self.seed}/place {place}'), (.5, .5)
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
     seed = self.seed if self.train else None
-    pixels, caption, scale = decode_sample(sample, self.config.image_size, where, self.config.embeddings, self.config, seed)
+    pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings,
+                                           self.config, seed)
     flip = self.train and self.config.flip and random.Random(f'{self.seed}/flip {place}').random() < .5
-    return flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
+    found = flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
+    return (*found, place, sample) if sizes else found
 
 # %% ../../nbs/2_data/04_stream.ipynb #2e63ee6d
 def _bytes_of(item):
@@ -465,6 +513,45 @@ def _owed_pictures(self:PictureStream, mark, spares, skipped):
             mark['owed'][k] -= 1
             yield picture
 
+# %% ../../nbs/2_data/04_stream.ipynb #f709a36d
+@patch
+def _samples_at(self:PictureStream, places):
+    "Place -> sample or `Skip`, for places of the common row, and for those of spare samples, which name their source."
+    own, found = [p for p in places if isinstance(p, int)], {}
+    if own:
+        first, stop, wanted = min(own), max(own) + 1, {*own}
+        others = [p - first for p in range(first, stop) if p not in wanted]
+        found = {p: s for p, s in self._items(first, stop, others) if p in wanted}
+    for p in places:
+        if p in found: continue
+        at, source = map(int, p.split(' of source '))
+        found[p] = next(self._source_items(source, at, np.ones(1, bool)))
+    return found
+
+@patch
+def _waiting(self:PictureStream, mark, skipped):
+    "The pictures that wait according to a bookmark, in order of arrival."
+    places = [*mark['held']]
+    found = self._samples_at(places)
+    for p in places:
+        try: yield self._decode(found[p], p)
+        except Skip as e: skipped.update(e.args)
+
+# %% ../../nbs/2_data/04_stream.ipynb #83a4d175
+@patch
+def _one_size(self:PictureStream, pictures, mark, skipped):
+    "Batches of one size each; `mark` is changed in place."
+    queues = SizeQueues(self.batch_size)
+    for picture in chain(self._waiting(mark, skipped), filter(None, pictures)):
+        batch = queues.add(picture[-2], picture[0].shape[1::-1], picture)
+        if not batch: continue
+        mark['held'] = queues.places
+        yield batch
+    for size, group in (leftover_batches if self.train else short_batches)(queues):
+        mark.update(held=queues.places, moved=mark['moved'] + sum(own != size for own, _ in group))
+        yield [p if own == size else self._decode(p[-1], p[-2], [size]) for own, p in group]
+    mark['held'] = queues.places
+
 # %% ../../nbs/2_data/04_stream.ipynb #a69b79b1
 def _take(counter):
     "A counter's content; the counter is empty afterwards."
@@ -473,21 +560,22 @@ def _take(counter):
     return content
 
 def _collate(chunk):
-    "(pictures [n,3,S,S], captions, scales [n]) of a chunk, which may be empty."
+    "(pictures [n,3,H,W], captions, scales [n]) of a chunk, which may be empty."
     if not chunk: return None, [], None
-    imgs, captions, scales = zip(*chunk)
+    imgs, captions, scales, *_ = zip(*chunk)
     imgs = torch.from_numpy(np.stack(imgs)).permute(0, 3, 1, 2).contiguous()
     return imgs, list(captions), torch.tensor(scales).float()
 
 @patch
 def _chunks(self:PictureStream):
-    "Chunks, as the class says; what is left of `skipped` comes in a last one without pictures."
+    "Chunks, as the class says; what is left, skipped or waiting, is told in a last one without pictures."
     info, skipped = get_worker_info(), Counter()
     worker, workers = ((info.id + self.first)%info.num_workers, info.num_workers) if info else (0, 1)
     mark = self._whole_bookmark(self.bookmarks[worker]) if self.bookmarks else self.bookmark(worker, workers)
     name = f'reader {self.rank*workers + worker} of {self.world*workers}'
     pictures = self._pictures(name, mark, skipped, self.config.shuffle_mb*1e6/workers)
     if self.train: pictures = filter(None, pictures)         # a validation's chunk is a batch, whatever is missing in it
-    while chunk := list(islice(pictures, self.batch_size)):
+    few = iter(lambda: list(islice(pictures, self.batch_size)), [])
+    for chunk in self._one_size(pictures, mark, skipped) if self.sizes else few:
         yield *_collate(list(filter(None, chunk))), _take(skipped), (worker, deepcopy(mark))
-    if skipped: yield None, [], None, _take(skipped), (worker, deepcopy(mark))
+    if skipped or mark.get('held'): yield None, [], None, _take(skipped), (worker, deepcopy(mark))

@@ -522,12 +522,22 @@ class Previews(Every):
         folder:str|Path, # where to: step_00001000.png and so on
         every:int=1000, # steps between two sheets
         write:bool=True, # False: only draw, since another process writes
+        sizes:list=(), # (width, height) that the prompts get in turn; (): the recipe's square for all
     ):
         super().__init__(every)
         self.pipe, self.prompts, self.folder, self.write = pipe, list(prompts), Path(folder), write
+        self.sizes = list(sizes)
+
+    def _draw(self, pipe):
+        "A picture of each prompt, as a list per resolution; picture k has seed k."
+        if not self.sizes: return pipe(self.prompts, n=1, every_resolution=True)
+        found = []
+        for k, prompt in enumerate(self.prompts):
+            found.append(pipe(prompt, n=1, seed=k, size=self.sizes[k%len(self.sizes)], every_resolution=True))
+        return [[one for one, in level] for level in zip(*found)]
 
     def act(self):
-        with forked_noise(self.dls.device): pictures = self.pipe()(self.prompts, n=1, every_resolution=True)
+        with forked_noise(self.dls.device): pictures = self._draw(self.pipe())
         if not self.write: return
         self.folder.mkdir(parents=True, exist_ok=True)
         inner = pictures[1] if len(pictures) > 1 else None

@@ -170,6 +170,7 @@ def show_results(self:MDMLearner,
     if prompts is None:
         images, prompts, _ = self.dls.train.one_batch()
         real = images[:max_n].cpu()
+        if self.recipe.data.sizes: kwargs = {'size': tuple(images.shape[:1:-1]), **kwargs}
     prompts = list(prompts[:max_n])
     pictures = self.pipe(prompts, n=1, seed=seed, **kwargs)
     return contact_sheet(pictures, prompts, columns=min(8, len(pictures)), inner=real)
@@ -308,6 +309,7 @@ def output_callbacks(
         cbs.append(StepLog(out/'log.csv', learn.model.scales, t.log_every, total, processes))
         cbs += logger_callbacks(learn.recipe)
     if t.preview_prompts and (main or t.fsdp):
-        cbs.append(Previews(lambda: learn.pipe, t.preview_prompts, out/'previews', t.preview_every, main))
+        cbs.append(Previews(lambda: learn.pipe, t.preview_prompts, out/'previews', t.preview_every, main,
+                            learn.recipe.data.sizes))
     if t.power_ema: cbs.append(Snapshots(out/'averages', t.power_ema_every or t.save_every))
     return [*cbs, Checkpoints(out, t.save_every, t.keep, t.keep_every)]

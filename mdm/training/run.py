@@ -30,6 +30,7 @@ from .learner import MDMLearner, mdm_learner, output_callbacks
 from .resume import Stop, differences, newest_checkpoint, truncate_log
 from ..utils.files import only_writer
 from ..utils.ranks import is_main, rank_and_world
+from ..utils.sizes import size_text
 from .callbacks import callback_order
 
 # %% ../../nbs/3_training/10_run.ipynb #da491bb9
@@ -108,6 +109,7 @@ def opening_line(
     "Describe the model, the data and the steps."
     r, data, scales = learn.recipe, learn.dls.train.dataset, learn.model.scales
     sizes = ' and '.join(f'{r.data.image_size*s//scales[0]}' for s in scales)
+    if r.data.sizes: sizes = ', '.join(map(size_text, r.data.sizes))
     files, weights = len({s.tar for s in data.shards}), sum(p.numel() for p in learn.model.parameters())
     batch = f'batches of {r.train.batch_size}'
     if r.train.accumulate > 1: batch += f' x {r.train.accumulate}'
@@ -220,6 +222,8 @@ def closing_line(
     if log:
         loss = '; loss ' + ' to '.join(f"{float(row['loss']):.4f} (step {row['step']})" for row in (log[0], log[-1]))
     steps = f'{learn.new_steps:,}' + (f' of {learn.steps:,}' if learn.new_steps < learn.steps else '')
+    counts = learn.dls.train.size_counts if learn.recipe.data.sizes else {}
+    if counts: loss += '; sizes of this epoch: ' + ', '.join(f'{n:,} of {size}' for size, n in sorted(counts.items()))
     speed = learn.new_steps*t.batch_size*t.accumulate*world/learn.seconds
     prompt = t.preview_prompts[0] if t.preview_prompts else 'a caption like yours'
     return (
