@@ -10,6 +10,7 @@ __all__ = ['callback_order', 'joined_batch', 'CaptionDropout', 'TextEncoding', '
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #19ad0015
 import math, os, random, sys, time, warnings
+from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -403,6 +404,7 @@ class StepLog(Every):
         super().__init__(every)
         self.path, self.total, self.processes, self.pause = Path(path), total, processes, pause
         self.rows, self.logged, self.elapsed, self.last = [], 0, 0., {}
+        self.skipped = Counter()                             # reason -> pictures that the data skipped in this epoch
         self.losses = ['loss', *(f'loss_{s}x' for s in scales)]
         self.columns = ['step', *self.losses, 'lr', 'grad_norm', 'pictures_per_second', 'memory_gb',
                         'skipped_batches', 'skipped_pictures', 'seconds']
@@ -426,7 +428,7 @@ def means(self:StepLog)->dict[str, float]: # by column; without those that have 
 def numbers(self:StepLog)->dict[str, float]: # by column; without those that have no number
     "The cells of the line about the steps since the last one."
     before, self.now = self.now, time.perf_counter()
-    skipped = getattr(self.dls.train, 'skipped', {})
+    self.skipped = Counter(getattr(self.dls.train, 'skipped', {}))
     cells = self.means() | dict(
         step=self.learn.steps,
         lr=self.opt.hypers[-1]['lr'],
@@ -434,7 +436,7 @@ def numbers(self:StepLog)->dict[str, float]: # by column; without those that hav
         pictures_per_second=self.pictures/(self.now - before),
         memory_gb=memory_used(self.rows[0].device),
         skipped_batches=getattr(getattr(self.learn, 'skip_non_finite', None), 'count', 0),
-        skipped_pictures=sum(skipped.values()),
+        skipped_pictures=self.skipped.total(),
         seconds=self.now - self.start)
     return {k: cells[k] for k in self.columns if k in cells and math.isfinite(cells[k])}
 
@@ -471,7 +473,8 @@ def summary(self:StepLog)->str: # e.g. 'loss 0.12 (2x 0.2, 1x 0.1), 16 pictures/
     per_scale = ', '.join(f'{k[5:]} {v:.4f}' for k, v in o.items() if k.startswith('loss_'))
     loss = f"loss {o['loss']:.4f} ({per_scale}), " if 'loss' in o else ''
     norm = f"gradient {o['grad_norm']:.2g}, " if 'grad_norm' in o else ''
-    return f"{loss}{o['pictures_per_second']:.0f} pictures/s, lr {o['lr']:.2g}, {norm}{o['memory_gb']:.1f} GB"
+    skipped = ''.join(f', {self.skipped.total():,} skipped (most: {why})' for why, _ in self.skipped.most_common(1))
+    return f"{loss}{o['pictures_per_second']:.0f} pictures/s, lr {o['lr']:.2g}, {norm}{o['memory_gb']:.1f} GB{skipped}"
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #62b703ac
 @patch
