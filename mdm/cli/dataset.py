@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from .command import *
-from ..data.configs import FolderConfig, ShardsConfig, SplitConfig, UrlsConfig
+from ..data.configs import FolderConfig, ParquetConfig, ShardsConfig, SplitConfig, UrlsConfig
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #dc26ae1c
 @dataclass
@@ -72,6 +72,12 @@ def _add_sizes(p):
     "The flags that say when a shard is full."
     add_config_flags(p, ShardsConfig, skip=('name',), own=None)
 
+def _add_caption_key(p):
+    "Where captions are, in shards that other programs made."
+    p.add_argument('--caption-key', metavar='KEYS',
+        help="keys of the .json files that hold captions, such as 'short:1, long:3' ('txt' is the .txt); for training: "
+             'data.caption_key (the .txt, or else captions or caption)')
+
 def _add_files(p):
     "The shards to work on."
     p.add_argument('files', metavar='FILE', nargs='+',
@@ -105,11 +111,13 @@ def _folder_flags(p):
 
 @_subcommand('folder', 'a folder of captioned pictures',
     'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, '
-    'cat.txt), or in tables metadata.jsonl or metadata.csv with the columns file_name and text. Pictures are copied as '
-    'they are, unless training could not read them. Every file that is not used is counted, and named in skipped.tsv. The same '
-    'command packs pictures that were added to the folder since into further shards.',
+    'cat.txt or cat.caption), or in tables metadata or captions (.jsonl, .csv, .tsv, .parquet) with the columns file_name '
+    'and text. A picture that is named several times has several captions, and training uses each in its turn. Pictures '
+    'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
+    'skipped.tsv. The same command packs pictures that were added to the folder since into further shards.',
     'mdm_dataset folder photos data/photos\n'
-    'mdm_dataset folder photos data/small --resize 512 --per-shard 5000', _folder_flags)
+    'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
+    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'", _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
@@ -129,12 +137,32 @@ def _urls_flags(p):
     "or .parquet, with or without a line of column names. Pictures are fetched by img2dataset "
     "(pip install 'matryoshka-diffusion[data]'). What cannot be fetched is counted by reason, and named in skipped.tsv.",
     'mdm_dataset urls cc12m.tsv data/cc12m --resize 512\n'
-    'mdm_dataset urls list.parquet data/list --url-column link --caption-column alt --timeout 5', _urls_flags)
+    'mdm_dataset urls list.parquet data/list --url-column link --caption-column alt --timeout 5\n'
+    'mdm_dataset urls nameless.tsv data/list --url-column 2 --caption-column 3', _urls_flags)
 def _urls(args):
     "Shards from a list of addresses."
     from mdm.data.urls import write_urls
     manifest = write_urls(args.index, args.folder, command=_command_line(args), bar=True, **_given(args, UrlsConfig))
     _report(manifest, args.folder, args, f'mdm_dataset inspect {_tars_in(args.folder)}')
+
+# %% ../../nbs/5_edges/05_dataset.ipynb #1ba8c231
+def _parquet_flags(p):
+    p.add_argument('files', metavar='FILE', nargs='+', help='parquet files, with braces and wildcards, or folders of them')
+    p.add_argument('--output', metavar='FOLDER', required=True, help='where the shards go; made if it is not there')
+    add_config_flags(p, ParquetConfig, skip=[f.name for f in fields(ShardsConfig)], own=None)
+    _add_sizes(p)
+
+@_subcommand('parquet', 'parquet files that hold the pictures',
+    'Shards from parquet files with the bytes of pictures in one column and captions in another, as data sets of the '
+    "Hugging Face hub have them (pip install 'matryoshka-diffusion[data]'). What cannot be used is counted, and named in "
+    'skipped.tsv.',
+    "mdm_dataset parquet 'cats/data/train-*.parquet' --output data/cats\n"
+    'mdm_dataset parquet cats/data --output data/cats --picture-column image --caption-column text', _parquet_flags)
+def _parquet(args):
+    "Shards from parquet files with pictures."
+    from mdm.data.parquet import write_parquet
+    manifest = write_parquet(args.files, args.output, command=_command_line(args), bar=True, **_given(args, ParquetConfig))
+    _report(manifest, args.output, args, f'mdm_dataset inspect {_tars_in(args.output)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #c75b5a4c
 def _shapes_flags(p):
@@ -197,12 +225,14 @@ def _embed_flags(p):
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the new shards go')
     p.add_argument('--recipe', metavar='RECIPE', required=True,
                    help='a preset or a YAML file: its text section names the encoder; change it with text.KEY=VALUE')
+    _add_caption_key(p)
     p.add_argument('--batch-size', metavar='B', type=at_least(1), default=32, help='captions at a time (%(default)s)')
     p.add_argument('--device', metavar='DEVICE', help='where to encode: cpu, cuda (cuda if there is one)')
     p.set_defaults(rest=[])
 
 @_subcommand('embed', 'put the captions through the text encoder',
-    'Make new shards in which every caption carries its embedding, in half precision. Training on them with '
+    'Make new shards in which every caption carries its embedding, in half precision; a picture with several captions '
+    'carries those of all. Training on them with '
     'data.embeddings=true needs no text encoder. The encoder is the one of the recipe that is to be trained.',
     "mdm_dataset embed 'data/photos/*.tar' --output data/embedded --recipe cc12m_64x64\n"
     'mdm_dataset embed data/photos --output data/embedded --recipe cc12m_64x64 text.half=true --device cuda', _embed_flags)
@@ -216,7 +246,8 @@ def _embed(args):
     files = [o for o in args.files + args.rest if not is_override(o)]
     config = load_recipe(args.recipe, overrides).text
     device = check_device(args.device) or ('cuda' if torch.cuda.is_available() else 'cpu')
-    manifest = embed_shards(files, args.output, config, args.batch_size, device, _command_line(args), bar=True)
+    manifest = embed_shards(files, args.output, config, args.batch_size, device, _command_line(args), bar=True,
+                            caption_key=args.caption_key)
     train = shlex.join(['mdm_train', args.recipe, '--data', f'{args.output}/*.tar', *overrides, 'data.embeddings=true'])
     _report(manifest, args.output, args, train, f' The captions carry embeddings of {config.encoder!r}.')
 
@@ -227,6 +258,7 @@ def _inspect_flags(p):
     p.add_argument('--pictures', metavar='N', type=at_least(0), default=24,
         help='how many pictures to show, drawn at random (%(default)s)')
     p.add_argument('--duplicates', action='store_true', help='list pictures that look the same, in duplicates.tsv')
+    _add_caption_key(p)
     p.add_argument('--filter', metavar='CONDITION', dest='filters', action='append', default=[],
         help="tell how many samples a condition would leave, such as 'side >= 256' or 'aesthetic > 5'; may be given several "
              'times. Training applies conditions with data.filters')
@@ -252,7 +284,8 @@ def _list_duplicates(args, path):
 def _inspect(args):
     "Look into shards."
     from mdm.data.inspect import describe_shards, inspect_shards
-    found = inspect_shards(args.files, args.pictures, args.workers, True, args.filters)
+    found = inspect_shards(args.files, args.pictures, args.workers, bar=True, caption_key=args.caption_key,
+        filters=args.filters)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'bad.tsv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:

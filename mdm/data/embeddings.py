@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['weight_files', 'weights_hash', 'half_files', 'describe_encoder', 'encoder_differences', 'embed_shards',
-           'read_embeddings', 'check_embeddings', 'PrecomputedText', 'create_encoder_for']
+           'embedding_files', 'read_embeddings', 'check_embeddings', 'PrecomputedText', 'create_encoder_for']
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #55d70068
-import base64, hashlib, io, os, tarfile
+import base64, hashlib, io, json, os, tarfile, zipfile
 from collections import Counter
 from dataclasses import asdict
 from itertools import islice
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .captions import caption_files
 from .files import MANIFEST, find_files, find_tars, read_manifest, resolve_sibling
 from .inspect import read_samples, samples_in_manifests
-from .samples import Skip, get_caption
+from .samples import Skip, get_captions
 from .shards import add_sample, items_bar, result_or_skip, write_manifest
 from ..text import TextConfig, TextEncoder, check_prompts, create_text_encoder, pad_prompts
 from ..utils.files import atomic_write, only_writer
@@ -101,6 +102,7 @@ def embed_shards(
     device='cpu', # where to encode
     command:str='', # the command line, for the manifest
     bar:bool=False, # show a progress bar
+    caption_key:str|None=None, # where captions are, as for `get_captions`; they become the usual ones of the new shards
 )->dict: # the manifest
     "Add embeddings to shards. Raises `FileExistsError` when the folder holds something else, `ValueError` when shards share a name."
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}, but must be at least 1')
@@ -108,11 +110,11 @@ def embed_shards(
     names = _new_names(tars, folder)
     with only_writer(folder):
         encoder = create_text_encoder(config, cache_size=0, device=device)
-        manifest = _begin(folder, describe_encoder(config, encoder), command)
+        manifest = _begin(folder, describe_encoder(config, encoder), command, caption_key)
         todo = [t for t in tars if not _is_done(manifest['shards'].get(names[t]), folder/names[t], t)]
         with items_bar(None, 'captions', samples_in_manifests(todo), bar) as progress:
             for tar in todo:
-                samples, damage = _embed_tar(tar, folder/names[tar], encoder, batch_size, progress)
+                samples, damage = _embed_tar(tar, folder/names[tar], encoder, batch_size, progress, caption_key)
                 _record(manifest, folder/names[tar], tar, samples, damage)
                 write_manifest(folder, manifest)
         manifest.update(complete=True, shards=dict(sorted(manifest['shards'].items())))
@@ -130,7 +132,7 @@ def _new_names(tars, folder):
         raise FileExistsError(f'{folder} holds the shards that are to be read: choose another folder for the new ones')
     return names
 
-def _begin(folder, entry, command):
+def _begin(folder, entry, command, key=None):
     "The manifest to go on with. Raises `FileExistsError` when the folder holds something else."
     old = read_manifest(folder)
     if not old and any(folder.glob('*.tar')) or old and 'embeddings' not in old:
@@ -139,6 +141,7 @@ def _begin(folder, entry, command):
         was = old['embeddings']
         why = encoder_differences(was, entry)
         if not why and was['half'] != entry['half']: why = f"half {was['half']} and {entry['half']}"
+        if not why and old.get('caption_key') != key: why = f"caption key {old.get('caption_key')!r} and {key!r}"
         if why:
             raise FileExistsError(f'{folder} holds embeddings of another encoder ({why}): choose another folder, or remove it')
     for pattern in ('.*.tar.*.part', f'.{MANIFEST}.*.part'):
@@ -146,6 +149,7 @@ def _begin(folder, entry, command):
     manifest = old or {'format': 1, 'shards': {}, 'skipped': {}}
     manifest.update(command=command, embeddings=entry)
     manifest.setdefault('complete', False)
+    if key: manifest['caption_key'] = key
     write_manifest(folder, manifest)
     return manifest
 
@@ -162,26 +166,50 @@ def _record(manifest, path, source, samples, damage):
     for reason, n in damage.items(): manifest['skipped'][reason] = manifest['skipped'].get(reason, 0) + n
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #b45c4dd7
-def _embed_tar(source, path, encoder, batch_size, progress):
+def embedding_files(
+    halves:list, # the embedding of each caption, from `half_files`
+)->dict[str, bytes]: # 'emb.npy', and 'embs.npz' for several
+    "The files of a sample that hold its embeddings."
+    files = {'emb.npy': halves[0]}
+    if len(halves) > 1:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, 'w') as z:
+            for i, half in enumerate(halves): z.writestr(zipfile.ZipInfo(f'{i}.npy'), half)
+        files['embs.npz'] = out.getvalue()
+    return files
+
+def _about(sample):
+    "What the .json of a sample holds."
+    try: about = json.loads(sample.get('json', b'{}'))
+    except (ValueError, RecursionError): about = {}
+    return about if isinstance(about, dict) else {}
+
+# %% ../../nbs/2_data/10_embeddings.ipynb #42e01819
+def _embed_tar(source, path, encoder, batch_size, progress, key=None):
     "Write one shard; returns its number of samples, and damages by reason."
     read, samples, damage = read_samples([source]), 0, Counter()
     with atomic_write(path) as f, tarfile.open(fileobj=f, mode='w') as tar:
         while batch := list(islice(read, batch_size)):
             damage.update(str(s) for *_, s in batch if isinstance(s, Skip))
             whole = [s for *_, s in batch if not isinstance(s, Skip)]
-            for sample in _with_embeddings(whole, encoder): add_sample(tar, sample)
+            for sample in _with_embeddings(whole, encoder, batch_size, key): add_sample(tar, sample)
             samples += len(whole)
             progress.update(len(whole))
     return samples, damage
 
-def _with_embeddings(samples, encoder):
+def _with_embeddings(samples, encoder, batch_size, key=None):
     "Samples with the embeddings of their captions; earlier embeddings are dropped."
-    captions = [result_or_skip(get_caption, s) for s in samples]
-    usable = [c for c in captions if not isinstance(c, Skip)]
-    embeddings = iter(half_files(encoder(usable)) if usable else [])
-    for sample, caption in zip(samples, captions):
-        sample.pop('emb.npy', None)
-        yield sample if isinstance(caption, Skip) else {**sample, 'emb.npy': next(embeddings)}
+    found = [result_or_skip(get_captions, s, key) for s in samples]
+    texts = [c for captions in found if not isinstance(captions, Skip) for c in captions]
+    embeddings = []
+    for i in range(0, len(texts), batch_size): embeddings += half_files(encoder(texts[i:i+batch_size]))
+    embeddings = iter(embeddings)
+    for sample, captions in zip(samples, found):
+        sample = {k: v for k, v in sample.items() if k not in ('emb.npy', 'embs.npz')}
+        if not isinstance(captions, Skip):
+            if key: sample |= caption_files(captions, _about(sample))
+            sample |= embedding_files([*islice(embeddings, len(captions))])
+        yield sample
 
 # %% ../../nbs/2_data/10_embeddings.ipynb #94c07155
 def read_embeddings(

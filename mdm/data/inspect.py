@@ -21,7 +21,7 @@ from .configs import SplitConfig
 from .duplicates import BYTES, group_labels, groups, picture_hash
 from .files import find_tars, known_shards, read_manifest
 from .filters import apply_filters, read_filter
-from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, get_caption, load_picture, tar_samples
+from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, get_captions, load_picture, tar_samples
 from .shards import ShardWriter, key_fraction, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
 from ..utils.configs import changed
 from ..utils.files import stays_inside
@@ -233,16 +233,17 @@ def _divide(tars, writers, limit, bar, shared=None):
 # %% ../../nbs/2_data/08_inspect.ipynb #dc575adb
 def check_sample(
     sample:dict, # `__key__` and bytes by extension
+    caption_key:str|None=None, # where captions are, as for `get_captions`
     filters:list=(), # of `Filter`s
-)->dict: # `kind` (extension of the picture), `size` (width, height), `picture` (128 pixels), `caption`, whether it is `embedded`, which filters it `meets`
+)->dict: # `kind` (extension of the picture), `size` (width, height), `picture` (128 pixels), `captions`, whether it is `embedded`, which filters it `meets`
     "Read one sample as training does. Raises `Skip` when training would skip it."
-    text = get_caption(sample)
+    captions = [*get_captions(sample, caption_key)]
     kind = next((k for k in PICTURES if k in sample), None)
     if not kind: raise Skip(NO_PICTURE)
     picture, _ = load_picture(sample[kind], 128)
     size = Image.open(io.BytesIO(sample[kind])).size
     meets = [str(f) for f in filters if _meets(sample, f)]
-    return dict(kind=kind, size=size, picture=picture, caption=text, embedded='emb.npy' in sample, meets=meets)
+    return dict(kind=kind, size=size, picture=picture, captions=captions, embedded='emb.npy' in sample, meets=meets)
 
 def _meets(sample, filter):
     "Does a sample meet a condition?"
@@ -262,7 +263,8 @@ class Inspection:
     left: Counter = field(default_factory=Counter) # condition, or 'all of them' -> usable samples that meet it
     kinds: Counter = field(default_factory=Counter) # extension of the picture -> samples
     short_sides: Counter = field(default_factory=Counter) # shorter side of the picture in pixels -> samples
-    lengths: Counter = field(default_factory=Counter) # characters of the caption -> samples
+    lengths: Counter = field(default_factory=Counter) # characters of a caption -> captions
+    captions: Counter = field(default_factory=Counter) # captions of a sample -> samples
     keys: Counter = field(default_factory=Counter) # key -> samples
     bad: list = field(default_factory=list) # (tar, key, reason, detail) of each sample that training would skip
     shown: list = field(default_factory=list) # (picture, caption) of some samples, drawn at random
@@ -291,8 +293,9 @@ def add(self:Inspection,
     self.left[ALL] += len(found['meets']) == len(self.filters)
     self.kinds[found['kind']] += 1
     self.short_sides[min(found['size'])] += 1
-    self.lengths[len(found['caption'])] += 1
-    one = found['picture'], found['caption']
+    self.lengths.update(map(len, found['captions']))
+    self.captions[len(found['captions'])] += 1
+    one = found['picture'], found['captions'][0]
     if len(self.shown) < most: self.shown.append(one)
     elif (i := rng.randrange(self.usable)) < most: self.shown[i] = one
 
@@ -318,7 +321,7 @@ def sheet(self:Inspection)->Image.Image|None:
 @patch
 def counts(self:Inspection)->dict:
     "All numbers, fit for a JSON file."
-    names = ('shards', 'bytes', 'samples', 'usable', 'embedded', 'kinds', 'short_sides', 'lengths', 'repeated')
+    names = ('shards', 'bytes', 'samples', 'usable', 'embedded', 'kinds', 'short_sides', 'lengths', 'captions', 'repeated')
     return {name: getattr(self, name) for name in names} | ({'left': self.left} if self.filters else {})
 
 # %% ../../nbs/2_data/08_inspect.ipynb #5f54d9ae
@@ -327,17 +330,16 @@ def inspect_shards(
     pictures:int=24, # how many to show on the sheet, drawn at random
     workers:int|None=None, # threads that decode; None: one per core
     bar:bool=False, # show a progress bar
+    caption_key:str|None=None, # where captions are, as for `get_captions`; None: in the usual places
     filters:list=(), # conditions to try, as in `data.filters`
 )->Inspection: # counts, what is bad, and some pictures
     "Read shards as training does, and report what is in them. Raises what `find_tars` and `read_filter` raise."
     filters, tars, rng = list(map(read_filter, filters)), find_tars(patterns), random.Random(0)
     inspection = Inspection(shards=len(tars), bytes=sum(map(os.path.getsize, tars)), filters=filters)
 
-    def check(sample): return check_sample(sample, filters)
-
     def look(item):
         _, tar, sample = item
-        return tar, sample, sample if isinstance(sample, Skip) else result_or_skip(check, sample)
+        return tar, sample, sample if isinstance(sample, Skip) else result_or_skip(check_sample, sample, caption_key, filters)
 
     looked = ordered_map(look, read_samples(tars), workers)
     for tar, sample, found in items_bar(looked, 'samples', samples_in_manifests(tars), bar):
@@ -371,7 +373,7 @@ def describe_shards(
         f'{found.samples:,} samples, of which {found.usable:,} can be used{embedded}',
         f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}',
         histogram(found.short_sides, 'pixels'),
-        f'captions: {_range(found.lengths, "characters")}', histogram(found.lengths, 'characters')]
+        f'captions: {_range(found.lengths, "characters")}{_several(found.captions)}', histogram(found.lengths, 'characters')]
     if found.filters: lines += ['filters would leave:', *_left(found)]
     if found.bad:
         reasons = Counter(reason for _, _, reason, _ in found.bad)
@@ -386,6 +388,13 @@ def _left(found):
     "A line for each filter, and one for all."
     names = [*dict.fromkeys(map(str, found.filters))] + [ALL]*(len(found.filters) > 1)
     return [f'  {found.left[o]:,} of {found.usable:,} ({found.left[o]/max(found.usable, 1):.1%}): {o}' for o in names]
+
+def _several(counts):
+    "How many captions pictures have, where some have more than one."
+    if max(counts, default=1) < 2: return ''
+    more = sum(n for k, n in counts.items() if k > 1)
+    total = sum(k*n for k, n in counts.items())
+    return f'; {total:,} in all, {more:,} pictures have several, up to {max(counts):,} each'
 
 def _range(counts, unit):
     "Smallest, largest and median number."

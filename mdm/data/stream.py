@@ -23,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
+from .captions import CaptionConfig, caption_rules
 from .files import (FileInfo, MANIFEST, TARS, copy_file, file_identity, file_info, is_remote, is_tar, known_shards,
                             list_files, open_file, reading_copy, redact, resolve_sibling)
 from .filters import apply_filters, flipped, may_flip, read_filter
@@ -35,7 +36,7 @@ from ..utils.sizes import SizeQueues, bucket_sizes, leftover_batches, short_batc
 
 # %% ../../nbs/2_data/04_stream.ipynb #645284a2
 @config_class
-class DataConfig:
+class DataConfig(CaptionConfig):
     "Which pictures to read, and how."
     files:list[str] = field(default_factory=list) # tars, local or remote; braces `{0..6}.tar` and wildcards `*.tar` stand for many
     weights:list[float]|None=None # share of each entry of `files` in the training; None: every picture equally often
@@ -56,7 +57,11 @@ class DataConfig:
     def rules(self):
         n, weights = len(self.files), self.weights
         weights_fit = weights is None or len(weights) == n and all(0 < w < math.inf for w in weights)
+        own = self.caption_key is not None or self.edits
         return [
+            *caption_rules(self),
+            (self.embeddings and own, 'embeddings', 'false where {place}.caption_key, {place}.caption_template or tags '
+             'change the captions: stored embeddings are those of the captions as they are (see mdm_dataset embed)'),
             *self._filter_rules(),
             (self.image_size < 1, 'image_size', 'a number above 0'),
             (self.workers < 0, 'workers', '0 or more'),
@@ -297,7 +302,7 @@ class PictureStream(IterableDataset):
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
-        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy']*config.embeddings)
+        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings)
         self.filters = [read_filter(o) for o in config.filters]
         self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
         self.sizes = config.sizes # of batches; []: squares only
@@ -396,12 +401,12 @@ def _cached(self:PictureStream, shard):
         yield info.key if copy else None
 
 @patch
-def _piece(self:PictureStream, shard, start, stop, needed):
+def _piece(self:PictureStream, shard, start, stop, turn, needed):
     "One item for each sample of a piece. The first one that is missing gives the reasons."
     skipped, n = Counter(), 0
     with self._cached(shard) as key:
         for n, sample in enumerate(read_shard(shard, start, stop, skipped, self.keys, needed), 1):
-            yield sample if needed[n - 1] else Skip()
+            yield {**sample, '__turn__': turn} if needed[n - 1] else Skip()
     if key and n < stop - start: self.cache.remove(key)      # the copy may be damaged: fetch it again next time
     if n < stop - start: yield Skip(*skipped.elements()) if skipped else Skip(FEWER)
     yield from repeat(Skip() if skipped else Skip(FEWER), stop - start - n - 1)
@@ -411,8 +416,8 @@ def _source_items(self:PictureStream, k, start, needed):
     "One item for each place of a source's own row from `start` on; `needed` marks those that will be used."
     counts, i = [s.count for s in self.sources[k]], 0
     for s, first, last in locate(counts, start, start + len(needed), partial(self.order, k)):
-        piece = needed[i:i + last - first]
-        if piece.any(): yield from self._piece(self.sources[k][s], first, last, piece)
+        piece, turn = needed[i:i + last - first], (start + i)//sum(counts)
+        if piece.any(): yield from self._piece(self.sources[k][s], first, last, turn, piece)
         else: yield from repeat(Skip(), last - first)
         i += last - first
 
@@ -440,7 +445,9 @@ def _decode(self:PictureStream, sample, place, sizes=None):
     apply_filters(sample, self.filters)
     rng, where = random.Random(f'{self.seed}/place {place}'), (.5, .5)
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
-    pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings)
+    seed = self.seed if self.train else None
+    pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings,
+                                           self.config, seed)
     flip = self.train and self.config.flip and random.Random(f'{self.seed}/flip {place}').random() < .5
     found = flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
     return (*found, place, sample) if sizes else found
@@ -507,7 +514,7 @@ def _owed_pictures(self:PictureStream, mark, spares, skipped):
             mark['owed'][k] -= 1
             yield picture
 
-# %% ../../nbs/2_data/04_stream.ipynb #5ae4c711
+# %% ../../nbs/2_data/04_stream.ipynb #f709a36d
 @patch
 def _samples_at(self:PictureStream, places):
     "Place -> sample or `Skip`, for places of the common row, and for those of spare samples, which name their source."
@@ -531,7 +538,7 @@ def _waiting(self:PictureStream, mark, skipped):
         try: yield self._decode(found[p], p)
         except Skip as e: skipped.update(e.args)
 
-# %% ../../nbs/2_data/04_stream.ipynb #d8ac18b6
+# %% ../../nbs/2_data/04_stream.ipynb #83a4d175
 @patch
 def _one_size(self:PictureStream, pictures, mark, skipped):
     "Batches of one size each; `mark` is changed in place."

@@ -9,14 +9,17 @@ __all__ = ['URL_COLUMNS', 'ADDRESS', 'TOO_LARGE', 'SLOW', 'NO_ADDRESS', 'NOT_FOU
 
 # %% ../../nbs/2_data/09_urls.ipynb #261832f5
 import io, json, os, re, tempfile, threading, time, urllib.parse, urllib.request
+from collections import deque
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from urllib.response import addinfourl
 from .configs import UrlsConfig
-from .files import CAPTION_COLUMNS, column_names, pick_column, read_table
-from .samples import Skip, get_caption
+from .captions import caption_files
+from .files import (CAPTION_COLUMNS, MISFIT, column_names, pick_caption_columns, pick_column, read_table,
+                            row_captions)
+from .samples import Skip, usable_captions
 from .shards import ShardWriter, about_picture, ordered_map, prepare_picture, items_bar, refuse_empty, result_or_skip
 from ..utils.configs import changed
 
@@ -35,31 +38,54 @@ def index_kind(
 URL_COLUMNS = ('url', 'image_url', 'img_url', 'image_link', 'link', 'src')
 ADDRESS = re.compile(r'https?://', re.I)
 
-def _find_columns(path, kind, url, caption):
-    "Names of all columns, or None when the first line has them; and the names of the two that are wanted."
-    first = column_names(path, kind, quotes=False)
-    with_address = [i for i, cell in enumerate(first) if ADDRESS.match(cell)]
-    if url or caption or kind == 'parquet' or not with_address:
-        place = f'{path} (see --url-column and --caption-column)'
-        return None, (pick_column(first, (url.lower(),) if url else URL_COLUMNS, place, 'address'),
-                      pick_column(first, (caption.lower(),) if caption else (*CAPTION_COLUMNS, 'alt'), place, 'caption'))
+def _numbered_columns(first, path, url, caption):
+    "(number of the column with addresses, numbers of those with captions and their shares) of a list without names."
+    names, at = [str(i) for i in range(1, len(first) + 1)], [i for i, cell in enumerate(first) if ADDRESS.match(cell)]
     if len(first) < 2: raise ValueError(f'{path} has one column only: an address and a caption are needed on each line')
-    names = [str(i) for i in range(len(first))]
-    at = with_address[0]
-    return names, (names[at], names[1 if at == 0 else 0])
+    if not caption and len(first) > 2 or not url and len(at) > 1:
+        line = ', '.join(f'{i} {cell[:30]!r}' for i, cell in zip(names, first))
+        raise ValueError(f'{path} has no line of column names, and it is not clear which of its {len(first)} columns has the '
+                         f'addresses and which the captions. Name them by number, for example --url-column {at[0] + 1} '
+                         f'--caption-column {2 if at[0] == 0 else 1}. The first line: {line}')
+    url = pick_column(names, (), f'{path} (which has no line of column names)', 'address', '--url-column', url or names[at[0]])
+    caption = caption or next(n for n in names if n != url)
+    return url, pick_caption_columns(names, f'{path} (which has no line of column names)', caption)
+
+# %% ../../nbs/2_data/09_urls.ipynb #8c265004
+def _find_columns(path, kind, url, caption):
+    "Names of all columns, or None when the first line has them; and those that are wanted, as `_numbered_columns` gives them."
+    first = column_names(path, kind, quotes=False)
+    by_number = all(re.fullmatch('[0-9,:. ]+', o) for o in (url, caption) if o)
+    if kind != 'parquet' and by_number and any(map(ADDRESS.match, first)):
+        return [str(i) for i in range(1, len(first) + 1)], *_numbered_columns(first, path, url, caption)
+    address = pick_column(first, URL_COLUMNS, str(path), 'address', '--url-column', url)
+    return None, address, pick_caption_columns(first, str(path), caption, (*CAPTION_COLUMNS, 'alt'))
 
 # %% ../../nbs/2_data/09_urls.ipynb #7c224023
+def _skip(line, problem):
+    "A `Skip` for a row that does not fit."
+    skip = Skip(MISFIT)
+    skip.__cause__ = ValueError(problem)
+    return f'line {line}', skip
+
 def read_urls(
     path:str|Path, # the list: .tsv, .csv or .parquet
-    url:str|None=None, # name of the column with addresses; None: guess
-    caption:str|None=None, # name of the column with captions; None: guess
-): # generator of (address, caption)
+    url:str|None=None, # name or number of the column with addresses; None: guess
+    caption:str|None=None, # name or number of the column with captions, or several, as for `pick_caption_columns`; None: guess
+): # generator of (address, caption); a caption may be a dictionary of several, or a `Skip`, with the line for an address
     "Read a list of addresses line by line. Raises `ValueError` when it is none."
-    path, kind = str(path), index_kind(path)
+    path, kind, odd = str(path), index_kind(path), deque()
     if kind != 'parquet' and not column_names(path, kind, quotes=False): return    # an empty file
-    names, (u, c) = _find_columns(path, kind, url, caption)
-    for _, row in read_table(path, kind, names, keep=list(dict.fromkeys([u, c])), quotes=False):
-        yield str(row[u] or ''), str(row[c] or '')
+    names, u, columns = _find_columns(path, kind, url, caption)
+    rows = read_table(path, kind, names, list(dict.fromkeys([u, *columns])), quotes=False,
+                      misfits=lambda n, cells, problem: odd.append(_skip(n, problem)))
+    for _, row in rows:
+        while odd: yield odd.popleft()
+        captions = row_captions(row, columns)
+        if len(columns) == 1 and isinstance(text := row[next(iter(columns))], str): captions = text
+        elif len(captions) < 2: captions = next(iter(captions), '')
+        yield str(row[u] or ''), captions
+    yield from odd
 
 # %% ../../nbs/2_data/09_urls.ipynb #dcae86f7
 TOO_LARGE, SLOW = 'larger than allowed', 'timed out'
@@ -224,16 +250,17 @@ def fetch_chunk(
 def url_sample(
     number:int, # of the line, from 0
     url:str, # address
-    caption:str, # its caption
+    caption, # its caption; several, with their weights; or a `Skip` that is raised
     data, # bytes of the picture, or a `Skip` that is raised
     resize:int|None=None, # as in `prepare_picture`
 )->dict: # `__key__`, and bytes by extension
     "Make a sample of one fetched picture. Raises `Skip` when it cannot be used."
-    if isinstance(data, Skip): raise data
+    for o in (caption, data):
+        if isinstance(o, Skip): raise o
     ext, picture = prepare_picture(data, resize)
-    text = get_caption({'txt': caption.encode('utf-8', 'surrogateescape')})
+    captions = usable_captions(caption) if isinstance(caption, str) else usable_captions([*caption], [*caption.values()])
     about, notes = about_picture(data, picture)
-    return {'__key__': f'{number:09d}', ext: picture, 'txt': text.encode(), 'json': json.dumps({'url': url, **about}).encode(),
+    return {'__key__': f'{number:09d}', ext: picture, **caption_files(captions, {'url': url, **about}),
             **({'__notes__': notes} if notes else {})}
 
 # %% ../../nbs/2_data/09_urls.ipynb #a9397d40
@@ -246,9 +273,9 @@ def check_network(
     for _, url, _ in done:
         server = url.strip().split('/')[2].split(':')[0] if ADDRESS.match(url.strip()) else ''
         if server: owners.add('.'.join(server.split('.')[-2:]))
-    silent = (SLOW, NOT_FOUND, REFUSED, NO_ROUTE, NO_ADDRESS)
+    silent = (SLOW, NOT_FOUND, REFUSED, NO_ROUTE, NO_ADDRESS, MISFIT)
     if len(owners) < least or not all(isinstance(o, Skip) and str(o) in silent for *_, o in done): return
-    reason = next(o for *_, o in done if str(o) != NO_ADDRESS)
+    reason = next(o for *_, o in done if str(o) not in (NO_ADDRESS, MISFIT))
     raise ConnectionError(
         f'none of the {len(owners)} servers in lines {done[0][0] + 1:,} to {done[-1][0] + 1:,} of the list answered '
         f'({reason}): check the network, then give the same command again to go on from here. '
@@ -285,7 +312,7 @@ def _count_lines(index, config):
     "Number of rows in a list, and a fingerprint."
     h, n = sha256(), 0
     for row in read_urls(index, config.url_column, config.caption_column):
-        h.update('\t'.join(row).encode('utf-8', 'surrogateescape') + b'\n')
+        h.update('\t'.join(map(str, row)).encode('utf-8', 'surrogateescape') + b'\n')
         n += 1
     return n, h.hexdigest()
 

@@ -6,11 +6,11 @@
 __all__ = ['NOT_IN_TAR', 'split_regex', 'expand_regex', 'read_index', 'index_links', 'find_indexed', 'read_indexed']
 
 # %% ../../nbs/5_edges/03_reference_tables.ipynb #92f85bf4
-import os, re, tarfile
+import os, re, tarfile, warnings
 from collections import Counter, defaultdict
 from functools import lru_cache
-from ..data.files import (exists, linked_files, matching_files, open_file, pattern_kinds, read_table, redact,
-                            resolve_sibling, split_pattern)
+from ..data.files import (MISFIT, column_names, exists, file_info, linked_files, matching_files, open_file,
+                            pattern_kinds, read_table, redact, resolve_sibling, split_pattern)
 from ..data.samples import tar_members
 from ..data.stream import Shard, ShardFormat, shard_formats
 
@@ -38,27 +38,43 @@ def expand_regex(
 pattern_kinds['re:'] = expand_regex
 
 # %% ../../nbs/5_edges/03_reference_tables.ipynb #c79c702c
-def _rows(path):
-    "The rows of a table."
-    return [row for _, row in read_table(path, 'tsv')]
+_COLUMNS = ['tar', 'file', 'caption', 'filename']
 
 @lru_cache(maxsize=8)
+def _read_rows(path, size, tag):
+    "The rows of a table, and the problems of those that do not fit; `size` and `tag` change when the table does."
+    odd = []
+    rows = read_table(path, 'tsv', keep=_COLUMNS, misfits=lambda n, cells, problem: odd.append(problem))
+    return [row for _, row in rows], odd
+
+def _rows(path):
+    "The rows of a table as it is now, and the problems of those that do not fit."
+    info = file_info(path)
+    return _read_rows(path, info.size, info.tag)
+
+# %% ../../nbs/5_edges/03_reference_tables.ipynb #e1473aad
+@lru_cache(maxsize=8)
+def _by_tar(path, size, tag):
+    "`read_index` of a table with this size and tag."
+    rows, by_tar = _read_rows(path, size, tag)[0], defaultdict(list)
+    if rows and not {'tar', 'file', 'caption'} <= rows[0].keys():
+        raise ValueError(f'the index {redact(path)!r} has the columns {column_names(path, "tsv")}, but needs tar, file and '
+                         'caption (or one column, filename, that lists such tables)')
+    for r in rows: by_tar[resolve_sibling(path, r['tar'])].append((r['file'], r['caption']))
+    return dict(by_tar)
+
 def read_index(
     path:str, # a table with the columns tar, file and caption
 )->dict: # path of a tar -> list of (file in it, caption)
     "Read which pictures and captions an index lists, by tar. Raises `ValueError` when columns are missing."
-    rows, by_tar = _rows(path), defaultdict(list)
-    if rows and not {'tar', 'file', 'caption'} <= rows[0].keys():
-        raise ValueError(f'the index {redact(path)!r} has the columns {[*rows[0]]}, but needs tar, file and caption '
-                         '(or one column, filename, that lists such tables)')
-    for r in rows: by_tar[resolve_sibling(path, r['tar'])].append((r['file'], r['caption']))
-    return dict(by_tar)
+    info = file_info(path)
+    return _by_tar(path, info.size, info.tag)
 
 def index_links(
     path:str, # a table
 )->list[str]: # names of tars, or of other tables, relative to it
     "The files that a table refers to, for `download`."
-    return [row.get('filename') or row.get('tar') or '' for row in _rows(path)]
+    return [row.get('filename') or row.get('tar') or '' for row in _rows(path)[0]]
 
 linked_files['.tsv'] = index_links
 
@@ -68,13 +84,20 @@ def find_indexed(
     known:dict, # not used: what a manifest says of tars
 )->list[Shard]:
     "The shards that a table stands for. Raises `FileNotFoundError` for a table that is listed but not there."
-    rows, tables = _rows(info.path), [info.path]
+    rows, tables = _rows(info.path)[0], [info.path]
     if rows and 'filename' in rows[0]:
         tables = [resolve_sibling(info.path, r['filename']) for r in rows]
         if missing := [t for t in tables if not exists(t)]:
             raise FileNotFoundError(f'the index {redact(info.path)!r} lists {redact(missing[0])!r}, '
                                     f'which does not exist ({len(missing)} of {len(tables)} are missing)')
+    for table in tables: _warn_of_misfits(table)
     return [Shard(tar, len(files), table) for table in tables for tar, files in read_index(table).items()]
+
+def _warn_of_misfits(table):
+    "Say which rows of a table are left out."
+    if odd := _rows(table)[1]:
+        some = '; '.join(odd[:3]) + '; ...'*(len(odd) > 3)
+        warnings.warn(f'the index {redact(table)!r}: {len(odd):,} x {MISFIT} ({some})', stacklevel=2)
 
 # %% ../../nbs/5_edges/03_reference_tables.ipynb #6fab2343
 NOT_IN_TAR = 'picture that is in the index but not in its tar'   # a reason to skip a sample
