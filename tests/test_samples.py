@@ -4,7 +4,7 @@ import gzip, io, pickle, tarfile
 import numpy as np, pytest
 from PIL import Image, ImageDraw
 from data_tools import captions, encode, good, load, names, picture, quiet, tar_bytes
-from mdm.data.samples import (BAD_CAPTION, BAD_EMBEDDING, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_EMBEDDING, NO_PICTURE, EmbeddedCaption, Skip, get_caption,
+from mdm.data.samples import (BAD_CAPTION, BAD_EMBEDDING, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_EMBEDDING, NO_PICTURE, NUL_CAPTION, EmbeddedCaption, Skip, get_caption,
                               load_picture)
 
 
@@ -79,7 +79,7 @@ def test_broken_pictures(data):
 
 @pytest.mark.parametrize('sample,want', [
     ({'txt': b'x', 'json': b'broken'}, 'x'), ({'txt': '\ufeffnaïve 猫'.encode()}, 'naïve 猫'), ({'json': b'{"caption": "y"}'}, 'y'),
-    ({}, NO_CAPTION), ({'txt': b'', 'json': b'{"caption":"y"}'}, NO_CAPTION), ({'json': b'{"caption": null}'}, NO_CAPTION), ({'json': b'["caption"]'}, NO_CAPTION),
+    ({}, NO_CAPTION), ({'txt': b'', 'json': b'{"caption":"y"}'}, 'y'), ({'txt': b'\xff', 'json': b'{"caption":"y"}'}, 'y'), ({'txt': '\u200b \u3164'.encode(), 'json': b'{"file":"y"}'}, NO_CAPTION), ({'txt': 'a cat'.encode('utf-16-le')}, NUL_CAPTION), ({'json': b'{"caption": ["", "y", "z"]}'}, 'y'), ({'json': b'{"caption": null}'}, NO_CAPTION), ({'json': b'["caption"]'}, NO_CAPTION),
     ({'json': b'{"caption": 3}'}, NO_CAPTION), ({'json': b'{'}, BAD_CAPTION), ({'json': b'{"caption": "\\ud800"}'}, BAD_CAPTION), ({'txt': b'\xff'}, BAD_CAPTION)])
 def test_captions(sample, want):
     try: got = get_caption(sample)

@@ -444,7 +444,8 @@ def _table_kind(path, kind=None):
 def _text_lines(path, kind, errors, quotes=True):
     "An open file of lines. Line ends within quoted cells stay as they are; without quotes a row is a line."
     with open_file(path) as f:
-        raw = gzip.open(f) if path.split('?')[0].lower().endswith('.gz') else f
+        name = path.split('?')[0] if is_remote(path) else path
+        raw = gzip.open(f) if name.lower().endswith('.gz') else f
         ends = '\n' if kind == 'jsonl' or (kind == 'tsv' and not quotes) else ''
         with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors, newline=ends) as text: yield text
 

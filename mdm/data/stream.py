@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 from .captions import CaptionConfig, caption_rules
-from .files import (FileInfo, MANIFEST, TARS, file_info, is_tar, known_shards, list_files, open_file, redact,
+from .files import (FileInfo, MANIFEST, TARS, file_info, is_remote, is_tar, known_shards, list_files, open_file, redact,
                             resolve_sibling)
 from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
 from ..utils.configs import config_class
@@ -175,8 +175,9 @@ def read_shard(
     keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension
 )->Iterator[dict]: # extension -> bytes
     "Read a run of samples, as far as the tar is intact and can be reached."
-    path = (shard.index or shard.tar).split('?')[0]
-    yield from count_damage(shard_format(path).read(shard, start, stop, keys, skipped), skipped)
+    path = shard.index or shard.tar
+    name = path.split('?')[0] if is_remote(path) else path
+    yield from count_damage(shard_format(name).read(shard, start, stop, keys, skipped), skipped)
 
 # %% ../../nbs/2_data/04_stream.ipynb #6ede3389
 def locate(
