@@ -266,7 +266,8 @@ def _inspect_flags(p):
 def _inspect(args):
     "Look into shards."
     from mdm.data.inspect import describe_shards, inspect_shards
-    found, out = inspect_shards(args.files, args.pictures, args.workers, bar=True, caption_key=args.caption_key), Path(args.output)
+    found = inspect_shards(args.files, args.pictures, args.workers, bar=True, caption_key=args.caption_key)
+    out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'bad.tsv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
         csv.writer(f, delimiter='\t', lineterminator='\n').writerows(

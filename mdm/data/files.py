@@ -582,7 +582,7 @@ def read_table(
     keep:list[str]|None=None, # the columns that are wanted; None: all
     quotes:bool=True, # in a tsv, quotation marks enclose cells; False: a row is a line, and marks are text
     errors:str='surrogateescape', # for bytes that are not UTF-8: 'strict' is an error, 'surrogateescape' keeps them
-    misfits:Callable|None=None, # called with (line number, cells, problem) for a row that does not fit, and the row is left out; None: too many cells are an error, missing ones are ''
+    misfits:Callable|None=None, # gets (line, cells, problem) of a row that does not fit; None: too many cells are an error, missing ones ''
 )->Iterator[tuple[int, dict]]: # (line number, row: column -> text, or JSON value)
     "Read a table row by row. Raises `FileNotFoundError`, `ImportError`, or `ValueError` that names the line."
     path = os.fspath(path)

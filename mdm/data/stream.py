@@ -22,8 +22,8 @@ from fastcore.basics import patch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 from .captions import CaptionConfig, caption_rules
-from .files import (FileInfo, MANIFEST, TARS, file_info, is_remote, is_tar, known_shards, list_files, open_file, redact,
-                            resolve_sibling)
+from .files import (FileInfo, MANIFEST, TARS, file_info, is_remote, is_tar, known_shards, list_files,
+                            open_file, redact, resolve_sibling)
 from .samples import PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
