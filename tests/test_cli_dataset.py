@@ -41,7 +41,7 @@ def put(folder, n, bad=()):
 
 def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
 def names(folder): return sorted(p.name for p in Path(folder).iterdir())
-kinds = ['folder', 'urls', 'shapes', 'split', 'embed', 'inspect', 'download']
+kinds = ['folder', 'urls', 'parquet', 'shapes', 'split', 'embed', 'inspect', 'download']
 
 @pytest.mark.parametrize('kind', kinds)
 def test_help(call, kind):
@@ -59,7 +59,7 @@ def test_the_examples_in_the_help_are_understood(kind, monkeypatch, call):
     for o in examples: assert call(*shlex.split(o)[1:])[0] == 0, o
     assert len(seen) == len(examples) >= 2
 
-@pytest.mark.parametrize('kind, cls', [('folder', configs.FolderConfig), ('urls', configs.UrlsConfig), ('split', configs.SplitConfig)])
+@pytest.mark.parametrize('kind, cls', [('folder', configs.FolderConfig), ('urls', configs.UrlsConfig), ('parquet', configs.ParquetConfig), ('split', configs.SplitConfig)])
 def test_flags_are_the_settings(kind, cls, call, monkeypatch):
     "Every setting but the name of the shards and the chunk has a flag with its help text, and what is given arrives"
     from mdm.utils.configs import options
@@ -71,8 +71,8 @@ def test_flags_are_the_settings(kind, cls, call, monkeypatch):
         flag = '--' + o.name.replace('_', '-')
         assert flag in page and ' '.join(o.help.split()) in page, o.name
         value = {int: 7, float: 2.5, str: 'x', bool: False}[o.kind]
-        flags = ['--no-network-check'] if o.kind is bool else [flag, value]
-        assert call(kind, *['x']*{'folder': 2, 'urls': 2, 'split': 1}[kind], *['--output', 'y']*(kind == 'split'), *flags)[0] == 0
+        flags = ['--no-' + o.name.replace('_', '-')] if o.kind is bool else [flag, value]
+        assert call(kind, *['x']*{'folder': 2, 'urls': 2, 'parquet': 1, 'split': 1}[kind], *['--output', 'y']*(kind in ('parquet', 'split')), *flags)[0] == 0
         assert {k: v for k, v in seen[-1].items() if v is not None} == {o.name: value}
 
 def test_help_is_light():

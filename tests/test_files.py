@@ -214,7 +214,7 @@ def test_tables_of_every_kind(tmp_path, kind):
 
 
 @pytest.mark.parametrize('name,data,want', [
-    ('t.csv', b'a,b\n1,' + b'x' * 200_000, 't.csv, after line 0'), ('t.jsonl', b'{"a": 1}\n[1]\n', 't.jsonl, line 2'), ('t.jsonl', b'{"a": 1}\n\n{"a"', 't.jsonl, line 3'),
+    ('t.csv', b'a,b\n1,' + b'x' * 200_000, 't.csv, line 2: a cell has 200,000 characters'), ('t.csv', b'a,b\n1,2,3\n', 't.csv, line 2: 3 cells for 2 columns'), ('t.jsonl', b'{"a": 1}\n[1]\n', 't.jsonl, line 2'), ('t.jsonl', b'{"a": 1}\n\n{"a"', 't.jsonl, line 3'),
     ('t.csv.gz', b'no gzip', 't.csv.gz, after line 0'), ('t.csv.gz', gzip.compress(b'a\n' + os.urandom(9000).hex().encode())[:-30], 't.csv.gz, after line 0'),
     ('t.parquet', b'no parquet', 'not a parquet file'), ('t.xls', b'', 'is no table')])
 def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, want):

@@ -5,7 +5,7 @@ import numpy as np, pytest
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 from data_tools import DARK, P3, SRGB, SWAPPED, captions, encode, good, load, names, picture, quiet, tar_bytes
 from mdm.data import samples as samples_module
-from mdm.data.samples import (BAD_CAPTION, BAD_EMBEDDING, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_EMBEDDING, NO_PICTURE, PICTURES, EmbeddedCaption, Skip,
+from mdm.data.samples import (BAD_CAPTION, BAD_EMBEDDING, BAD_PICTURE, BAD_TAR, NO_CAPTION, NO_EMBEDDING, NO_PICTURE, NUL_CAPTION, PICTURES, EmbeddedCaption, Skip,
                               decode_sample, get_caption, load_picture, missing_package, read_tar, tar_samples)
 from mdm.utils.pictures import profile_fault, to_rgb
 
@@ -201,7 +201,7 @@ def test_profiles_that_cannot_be_used_are_ignored_and_named(profile):
 
 @pytest.mark.parametrize('sample,want', [
     ({'txt': b'x', 'json': b'broken'}, 'x'), ({'txt': '\ufeffnaïve 猫'.encode()}, 'naïve 猫'), ({'json': b'{"caption": "y"}'}, 'y'),
-    ({}, NO_CAPTION), ({'txt': b'', 'json': b'{"caption":"y"}'}, NO_CAPTION), ({'json': b'{"caption": null}'}, NO_CAPTION), ({'json': b'["caption"]'}, NO_CAPTION),
+    ({}, NO_CAPTION), ({'txt': b'', 'json': b'{"caption":"y"}'}, 'y'), ({'txt': b'\xff', 'json': b'{"caption":"y"}'}, 'y'), ({'txt': '\u200b \u3164'.encode(), 'json': b'{"file":"y"}'}, NO_CAPTION), ({'txt': 'a cat'.encode('utf-16-le')}, NUL_CAPTION), ({'json': b'{"caption": ["", "y", "z"]}'}, 'y'), ({'json': b'{"caption": null}'}, NO_CAPTION), ({'json': b'["caption"]'}, NO_CAPTION),
     ({'json': b'{"caption": 3}'}, NO_CAPTION), ({'json': b'{'}, BAD_CAPTION), ({'json': b'{"caption": "\\ud800"}'}, BAD_CAPTION), ({'txt': b'\xff'}, BAD_CAPTION)])
 def test_captions(sample, want):
     try: got = get_caption(sample)

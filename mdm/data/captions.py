@@ -97,7 +97,7 @@ def choose(
 @config_class
 class CaptionConfig:
     "Which caption of a picture to train on, and how to change it."
-    caption_key:str|None=None # keys of the .json that hold captions ('txt' is the .txt), such as 'short:1, long:3'; null: the .txt, or else `captions` or `caption`
+    caption_key:str|None=None # keys of the .json with captions, such as 'short:1, long:3' ('txt': the .txt); null: the .txt, or else captions or caption
     caption_choice:Literal['each','first']='each' # of several captions: each in its turn, or always the first
     caption_template:str='{caption}' # words around every caption, such as 'a photo of {caption}'
     tag_separator:str=',' # what stands between tags

@@ -27,9 +27,9 @@ class PicturesConfig(ShardsConfig):
 @config_class
 class FolderConfig(PicturesConfig):
     "Settings of `write_folder`."
-    file_column: str|None = None # in tables of captions: name of the column with the files; not given: it is guessed
-    caption_column: str|None = None # in tables of captions: name of the column with the captions, or of several to choose from with their shares, such as 'short:1, long:3'; not given: it is guessed
-    caption_key: str|None = None # in .json files beside the pictures: the keys that hold captions, such as 'short:1, long:3' ('txt' is the text file); not given: the text file, or else captions or caption
+    file_column: str|None = None # in tables: column with the files; not given: it is guessed
+    caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
+    caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
@@ -37,8 +37,8 @@ class FolderConfig(PicturesConfig):
 @config_class
 class UrlsConfig(PicturesConfig):
     "Settings of `write_urls`."
-    url_column: str|None = None # name of the column with the addresses, or its number from 1 on; not given: it is guessed
-    caption_column: str|None = None # name or number of the column with the captions, or of several to choose from with their shares, such as 'short:1, long:3'; not given: it is guessed
+    url_column: str|None = None # column with the addresses, by name, or by number from 1 on; not given: it is guessed
+    caption_column: str|None = None # column with the captions, by name or number, or several with shares, as 'short:1, long:3'; not given: guessed
     timeout: Annotated[float, Field(gt=0)] = 10 # seconds of silence before a server is given up; no picture may take more than three times as long
     retries: Annotated[int, Field(ge=0)] = 1 # how often to try again
     max_picture_mb: Annotated[float, Field(gt=0)] = 50 # pictures with more megabytes are left out
@@ -50,8 +50,8 @@ class UrlsConfig(PicturesConfig):
 @config_class
 class ParquetConfig(PicturesConfig):
     "Settings of `write_parquet`."
-    picture_column: str|None = None # name of the column with the pictures; not given: the only one that holds bytes
-    caption_column: str|None = None # name of the column with the captions, or of several to choose from with their shares, such as 'short:1, long:3'; not given: it is guessed
+    picture_column: str|None = None # column with the pictures; not given: the only one that holds bytes
+    caption_column: str|None = None # column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
 # %% ../../nbs/2_data/06_configs.ipynb #8493628a

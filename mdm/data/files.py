@@ -477,7 +477,8 @@ def _table_kind(path, kind=None):
 def _text_lines(path, kind, errors, quotes=True):
     "An open file of lines. Line ends within quoted cells stay as they are; without quotes a row is a line."
     with open_file(path) as f:
-        raw = gzip.open(f) if path.split('?')[0].lower().endswith('.gz') else f
+        name = path.split('?')[0] if is_remote(path) else path
+        raw = gzip.open(f) if name.lower().endswith('.gz') else f
         ends = '\n' if kind == 'jsonl' or (kind == 'tsv' and not quotes) else ''
         with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors, newline=ends) as text: yield text
 
@@ -614,7 +615,7 @@ def read_table(
     keep:list[str]|None=None, # the columns that are wanted; None: all
     quotes:bool=True, # in a tsv, quotation marks enclose cells; False: a row is a line, and marks are text
     errors:str='surrogateescape', # for bytes that are not UTF-8: 'strict' is an error, 'surrogateescape' keeps them
-    misfits:Callable|None=None, # called with (line number, cells, problem) for a row that does not fit, and the row is left out; None: too many cells are an error, missing ones are ''
+    misfits:Callable|None=None, # gets (line, cells, problem) of a row that does not fit; None: too many cells are an error, missing ones ''
 )->Iterator[tuple[int, dict]]: # (line number, row: column -> text, or JSON value)
     "Read a table row by row. Raises `FileNotFoundError`, `ImportError`, or `ValueError` that names the line."
     path = os.fspath(path)
@@ -876,7 +877,7 @@ def copy_file(
     target:Path, # where the copy goes
 ):
     "Copy one file as `download` does, checked and whole. Raises `OSError`; what had come is used when it is tried again."
-    with tqdm(disable=True) as bar: _copy(info, Path(target), threading.Event(), bar)
+    with start_bar(total=0, show=False) as bar: _copy(info, Path(target), threading.Event(), bar)
 
 # %% ../../nbs/2_data/02_files.ipynb #fbdf6110
 def download(

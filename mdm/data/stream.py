@@ -213,7 +213,8 @@ def read_shard(
     needed:Iterable|None=None, # whether each sample is needed; None: all are. Others may come out empty, which is quicker
 )->Iterator[dict]: # extension -> bytes
     "Read a run of samples, as far as the tar is intact and can be reached."
-    found = shard_format((shard.index or shard.tar).split('?')[0])
+    path = shard.index or shard.tar
+    found = shard_format(path.split('?')[0] if is_remote(path) else path)
     more = dict(needed=needed) if found.jumps and needed is not None else {}
     yield from count_damage(found.read(shard, start, stop, keys, skipped, **more), skipped)
 

@@ -44,16 +44,16 @@ def _numbered_columns(first, path, url, caption):
     if len(first) < 2: raise ValueError(f'{path} has one column only: an address and a caption are needed on each line')
     if not caption and len(first) > 2 or not url and len(at) > 1:
         line = ', '.join(f'{i} {cell[:30]!r}' for i, cell in zip(names, first))
-        raise ValueError(f'{path} has no line of column names, and it is not clear which of its {len(first)} columns has the '
-                         f'addresses and which the captions. Name them by number, for example --url-column {at[0] + 1} '
+        raise ValueError(f'{path} has no line of column names, and it is not clear which of its {len(first)} columns '
+                         f'has the addresses and which the captions. Name them by number, for example --url-column {at[0] + 1} '
                          f'--caption-column {2 if at[0] == 0 else 1}. The first line: {line}')
-    url = pick_column(names, (), f'{path} (which has no line of column names)', 'address', '--url-column', url or names[at[0]])
-    caption = caption or next(n for n in names if n != url)
-    return url, pick_caption_columns(names, f'{path} (which has no line of column names)', caption)
+    place = f'{path} (which has no line of column names)'
+    url = pick_column(names, (), place, 'address', '--url-column', url or names[at[0]])
+    return url, pick_caption_columns(names, place, caption or next(n for n in names if n != url))
 
 # %% ../../nbs/2_data/09_urls.ipynb #8c265004
 def _find_columns(path, kind, url, caption):
-    "Names of all columns, or None when the first line has them; and those that are wanted, as `_numbered_columns` gives them."
+    "Names of all columns, or None when the first line has them; and the columns that are wanted."
     first = column_names(path, kind, quotes=False)
     by_number = all(re.fullmatch('[0-9,:. ]+', o) for o in (url, caption) if o)
     if kind != 'parquet' and by_number and any(map(ADDRESS.match, first)):
@@ -71,7 +71,7 @@ def _skip(line, problem):
 def read_urls(
     path:str|Path, # the list: .tsv, .csv or .parquet
     url:str|None=None, # name or number of the column with addresses; None: guess
-    caption:str|None=None, # name or number of the column with captions, or several, as for `pick_caption_columns`; None: guess
+    caption:str|None=None, # column with captions, or several, as for `pick_caption_columns`; None: guess
 ): # generator of (address, caption); a caption may be a dictionary of several, or a `Skip`, with the line for an address
     "Read a list of addresses line by line. Raises `ValueError` when it is none."
     path, kind, odd = str(path), index_kind(path), deque()
