@@ -25,6 +25,7 @@ from ..data.shapes import shapes_captions
 from ..diffusion.sampler import Given, Step, for_img2img, for_inpaint, for_upscale
 from ..pipeline import MDMPipeline
 from ..recipe import Recipe
+from ..utils.configs import config_class
 from ..utils.pictures import from_pil, png_bytes, signal_to_pixels
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #e03ee346
@@ -66,7 +67,7 @@ modes = {  # name -> what it does
     'enlarge': 'Draw a small picture larger',
 }
 
-@dataclass
+@config_class
 class SamplerSettings:
     "A request: prompts, number of pictures, seed, and one or more sides."
     prompt: str = ''              # what to draw
