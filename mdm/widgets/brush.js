@@ -5,6 +5,15 @@ function element(tag, properties, ...children) {
   return o;
 }
 
+const stripes = document.createElement('canvas');   // seen on a picture of any colour
+stripes.width = stripes.height = 8;
+for (let y = 0; y < 8; y++) {
+  for (let x = 0; x < 8; x++) {
+    stripes.getContext('2d').fillStyle = (x + y) % 8 < 4 ? '#e03131' : '#ffffff';
+    stripes.getContext('2d').fillRect(x, y, 1, 1);
+  }
+}
+
 function render({ model, el }) {
   let size = 1, drawing = false, last = null, cursor = null, picture = null;
   const mask = document.createElement('canvas'), pen = mask.getContext('2d', { willReadFrequently: true });
@@ -24,16 +33,17 @@ function render({ model, el }) {
   const radius = () => Math.max(.5, size*width.value/200);
   function show() {
     const ratio = canvas.width/size, tint = document.createElement('canvas'), t = tint.getContext('2d');
-    tint.width = tint.height = size;
-    t.drawImage(mask, 0, 0);
+    tint.width = tint.height = canvas.width;
+    t.imageSmoothingEnabled = false;
+    t.drawImage(mask, 0, 0, canvas.width, canvas.width);
     t.globalCompositeOperation = 'source-in';
-    t.fillStyle = '#f03e3e';
-    t.fillRect(0, 0, size, size);
+    t.fillStyle = t.createPattern(stripes, 'repeat');
+    t.fillRect(0, 0, canvas.width, canvas.width);
     view.clearRect(0, 0, canvas.width, canvas.height);
     view.imageSmoothingEnabled = ratio < 2;
     if (picture) view.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    view.globalAlpha = .6;
-    view.drawImage(tint, 0, 0, canvas.width, canvas.height);
+    view.globalAlpha = .7;
+    view.drawImage(tint, 0, 0);
     view.globalAlpha = 1;
     if (!cursor) return;
     view.beginPath();
