@@ -15,7 +15,8 @@ from ..pipeline import MDMPipeline
 from ..utils.pictures import png_bytes, to_rgb
 from .drawing import picture_html
 from .exchange import head_bytes, read_settings
-from .parts import FileDrop, box, has_scripts, html_text, labelled, most_bytes, scripted
+from .fields import FileDrop, has_scripts, most_bytes, scripted
+from .parts import box, html_text, labelled
 from .state import modes, packed, unpacked, usual_strength
 
 # %% ../../nbs/4_use/11_widget_editing.ipynb #d7c68455
