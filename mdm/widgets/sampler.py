@@ -68,6 +68,7 @@ class SideControls(W.VBox):
         others = [o for o in self.sampling.values() if o not in first]
         more = fold('More about sampling', *others, self.recipe)
         super().__init__([self.checkpoint, box('mdm-row', *first[:2]), first[2], more])
+        classed(self, 'mdm-side-fields')
         self.sampling['solver'].observe(self._solver_changed, 'value')
         self._solver_changed()
         for o in (self.checkpoint, self.recipe): o.observe(lambda _: self.quiet or changed(self), 'value')
@@ -603,7 +604,7 @@ def _finish(self:SamplerWidget, run):
     self._follow()
     for card, past in zip(self.past, self.runs):
         about = f'Bring back: {past.settings.texts()[0]}, seed {past.settings.seed}'
-        card.show(past.sides[0].pictures()[0][0], f'{past.number}. seed {past.settings.seed}', about, past is run)
+        card.show(past.sides[0].pictures()[0][0], f'seed {past.settings.seed}', about, past is run)
     self.no_history.layout.display = 'none'
 
 # %% ../../nbs/4_use/11_sampler_widget.ipynb #3612b814
