@@ -6,13 +6,15 @@
 __all__ = ['styles', 'avoided', 'most_pictures', 'longest_prompt', 'most_sides', 'last_seed', 'modes', 'usual_strength',
            'most_text', 'path_bytes', 'path_frames', 'path_side', 'example_prompts', 'SamplerSettings', 'grid_sides',
            'read_values', 'new_seed', 'bring_into', 'packed', 'unpacked', 'shrink', 'Frame', 'Side', 'walk_together',
-           'path_moments', 'SamplerRun', 'PipelineShelf']
+           'path_moments', 'SamplerRun', 'PipelineShelf', 'shapes_words', 'known_words', 'unknown_words', 'word_hint']
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #ea6e7da4
 import base64, hashlib, json, math, secrets, threading, time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 import numpy as np
@@ -24,7 +26,11 @@ from torch import Tensor
 from ..data.shapes import shapes_captions
 from ..diffusion.sampler import Given, Step, for_img2img, for_inpaint, for_upscale
 from ..pipeline import MDMPipeline
+from ..checkpoint import load_checkpoint
 from ..recipe import Recipe
+from ..text import split_words
+from ..utils.configs import config_class
+from ..utils.files import bundled, readable
 from ..utils.pictures import from_pil, png_bytes, signal_to_pixels
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #e03ee346
@@ -66,7 +72,7 @@ modes = {  # name -> what it does
     'enlarge': 'Draw a small picture larger',
 }
 
-@dataclass
+@config_class
 class SamplerSettings:
     "A request: prompts, number of pictures, seed, and one or more sides."
     prompt: str = ''              # what to draw
@@ -448,3 +454,48 @@ def __call__(self:PipelineShelf,
         self.loaded.move_to_end(key)
         while len(self.loaded) > keep: self.loaded.popitem(last=False)
         return self.loaded[key]
+
+# %% ../../nbs/4_use/06_widget_state.ipynb #9d521747
+@lru_cache
+def shapes_words()->frozenset[str]: # in lower case
+    "The words of the captions of shapes."
+    return frozenset(w for c in shapes_captions(1000, held_out=False) for w in split_words(c))
+
+@lru_cache(16)
+def known_words(
+    path:str|Path, # a checkpoint, or a folder of checkpoints
+)->frozenset[str]|None: # None: they are not known
+    "The words that a model has seen in training."
+    if not readable(path).is_dir(): return None
+    checkpoint = load_checkpoint(path)
+    if checkpoint.recipe.text.encoder != 'hash': return None
+    if 'words' in checkpoint.extra: return frozenset(map(str, checkpoint.extra['words']))
+    return shapes_words() if Path(bundled/'shapes') == checkpoint.folder else None
+
+@patch
+def words(self:PipelineShelf,
+    name:str, # of a checkpoint
+)->frozenset[str]|None: # None: they are not known
+    "The words that a model of the shelf has seen in training."
+    return None if name in self.given else known_words(self.paths.get(name, name))
+
+# %% ../../nbs/4_use/06_widget_state.ipynb #00c71e09
+def unknown_words(
+    text:str, # a prompt, as the model gets it
+    known:frozenset[str]|None, # of `known_words`; None: nothing can be said
+)->list[str]: # in the order of the text, without punctuation marks
+    "The words of a prompt that a model has not seen."
+    if known is None: return []
+    return list(dict.fromkeys(w for w in split_words(text, longest_prompt) if w not in known and w[0].isalnum()))
+
+def word_hint(
+    text:str, # a prompt, as the model gets it
+    known:frozenset[str]|None, # of `known_words`; None: nothing can be said
+)->str: # '': all words are known
+    "Say which words of a prompt mean nothing to a model."
+    words, parts = unknown_words(text, known), []
+    for w in words[:5]:
+        near = get_close_matches(w, known, 1, .75)
+        parts.append(f'{w} (near: {near[0]})' if near else w)
+    if len(words) > 5: parts.append(f'and {len(words) - 5} more')
+    return f'Not in the captions of the training, so without a meaning to this model: {", ".join(parts)}.' if words else ''
