@@ -164,7 +164,7 @@ def as_python(
     recipe = s.sides[side.i].get('recipe') or recipe
     place = repr(checkpoint or side.name) + (f', recipe={str(recipe)!r}' if recipe else '')
     load = '# pipe is the pipeline that the widget was given' if in_memory(side) and not checkpoint else (
-        f'from mdm.all import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
+        f'from mdm.pipeline import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
     call, files = {'draw': ('pipe', []), 'enlarge': ('pipe.upscale', ['picture.png']), 'change': ('pipe.img2img', ['picture.png']),
                    'fill in': ('pipe.inpaint', ['picture.png', 'mask.png'])}[s.mode]
     first = [repr(o) for o in files] + [repr(prompts[0] if len(prompts) == 1 else prompts)]
