@@ -203,10 +203,13 @@ def test_checkpoints_from_elsewhere_are_not_loaded():
     data = png_bytes(Image.new('RGB', (8, 8)), **{**settings(dict(steps=2)).png_info(), 'settings': json.dumps(dict(prompt='a', sides=[dict(checkpoint='//evil/share', recipe='/etc/passwd', steps=2)]))})
     back, note = read_settings(data, ['shapes'])
     assert back.sides == [dict(steps=2)] and '//evil/share' in note
+    data = png_bytes(Image.new('RGB', (8, 8)), **{**settings().png_info(), 'settings': json.dumps(dict(prompt='a', sides=[dict(checkpoint='shapes', recipe='/etc/passwd')]))})
+    assert read_settings(data, ['shapes'])[0].sides == [{}]
 
 hostile = ['', 'null', '[]', '{', '{"sides": {}}', '{"sides": []}', '{"sides": [3]}', '{"sides": [{}], "n": 1000000}', '{"sides": [{}], "n": NaN}', '{"sides": [{}], "seed": -1}', '{"sides": [{}], "seed": ' + '9'*5000 + '}',
     '['*100_000, '{"a":'*50_000, '{"sides": [{"steps": 1e99}]}', '{"sides": [{"steps": "x"}]}', '{"sides": [{"__class__": 1}]}', '{"sides": [{"guidance_interval": [1, 0]}]}', '{"sides": ' + json.dumps([{}]*50) + '}',
-    json.dumps(dict(prompt='x'*5000, sides=[{}])), '{"sides": [{}], "mode": "change", "picture": "????"}', '{"sides": [{}], "style": "x"}', '{"sides": [{}], "mode": "fill in"}', '{"sides": [{}], "picture": 5}']
+    json.dumps(dict(prompt='x'*5000, sides=[{}])), '{"sides": [{}], "mode": "change", "picture": "????"}', '{"sides": [{}], "style": "x"}', '{"sides": [{}], "mode": "fill in"}', '{"sides": [{}], "picture": 5}',
+    '{"sides": [{}], "vary": "evil"}']
 
 @pytest.mark.parametrize('text', hostile, ids=range(len(hostile)))
 def test_hostile_settings_are_refused(text):
