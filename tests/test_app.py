@@ -64,7 +64,7 @@ def opened(browser, url, **kwargs):
     page.on('websocket', lambda w: page.requests.append(w.url))
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
-    page.policy = page.goto(url).headers['content-security-policy']
+    page.policy = page.goto(url, timeout=ready).headers['content-security-policy']
     return page
 
 @pytest.fixture(scope='module')
