@@ -54,11 +54,11 @@ class MaskBrush(W.VBox):
         changed, # called, with nothing, when the mask was painted
         fail, # called with what was wrong with a file
     ):
-        self.changed, self.mask, self.size = changed, None, 1
+        self.changed, self.fail, self.mask, self.size = changed, fail, None, 1
         self.note = html_text()
         if has_scripts():
             self.inner = scripted('brush', picture=b'', mask=b'', size=1, version=0)()
-            self.inner.on_msg(lambda widget, content, buffers: buffers and self.paint(bytes(buffers[0])))
+            self.inner.on_msg(lambda widget, content, buffers: buffers and self._painted(bytes(buffers[0])))
         else: self.inner = FileDrop('Choose a mask: white where to paint', lambda name, data: self.paint(data), fail)
         super().__init__([self.inner, self.note])
 
@@ -73,6 +73,12 @@ class MaskBrush(W.VBox):
         self.changed()
 
 # %% ../../nbs/4_use/11_widget_editing.ipynb #8c29157e
+@patch
+def _painted(self:MaskBrush, data):
+    "A message from the script; a mistake in it is shown to the user."
+    try: self.paint(data)
+    except ValueError as e: self.fail(f'The mask: {e}')
+
 @patch
 def show(self:MaskBrush,
     picture:Image.Image, # a square

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 from ..diffusion.settings import SampleConfig
 from ..utils.configs import options, read_config
+from ..utils.files import presets
 from ..utils.pictures import png_bytes
 from .drawing import labelled_sheet, tile
 from .state import SamplerRun, SamplerSettings, Side, unpacked, usual_strength
@@ -47,7 +48,7 @@ def _read_side(side, names):
     config, problems = read_config(SampleConfig, rest, 'sample', strict=False)
     _refuse(problems)
     values = {k: v for k, v in asdict(config).items() if k in rest}
-    known = names is None or own['checkpoint'] in names
+    known = names is None or own['checkpoint'] in names and own['recipe'] in ('', *presets())
     return (own if known else {}) | values, '' if known else own['checkpoint']
 
 # %% ../../nbs/4_use/09_widget_exchange.ipynb #ab3885d8
@@ -89,9 +90,9 @@ def read_settings(
     settings, problems = read_config(SamplerSettings, _plain(texts), 'settings', strict=False)
     _refuse(problems)
     if not settings.sides: _refuse(['They name no model.'])
-    replace(settings, mode='draw').check()
     sides, notes = _read_sides(settings, names)
     settings = replace(settings, sides=sides)
+    replace(settings, mode='draw').check()
     lost = [o for o in ('picture', 'mask') if getattr(settings, o).startswith('sha256 ')]
     if lost or 'image' in texts or 'upscale' in texts:
         settings = replace(settings, **{o: '' for o in lost})
@@ -164,7 +165,7 @@ def as_python(
     recipe = s.sides[side.i].get('recipe') or recipe
     place = repr(checkpoint or side.name) + (f', recipe={str(recipe)!r}' if recipe else '')
     load = '# pipe is the pipeline that the widget was given' if in_memory(side) and not checkpoint else (
-        f'from mdm.all import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
+        f'from mdm.pipeline import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
     call, files = {'draw': ('pipe', []), 'enlarge': ('pipe.upscale', ['picture.png']), 'change': ('pipe.img2img', ['picture.png']),
                    'fill in': ('pipe.inpaint', ['picture.png', 'mask.png'])}[s.mode]
     first = [repr(o) for o in files] + [repr(prompts[0] if len(prompts) == 1 else prompts)]

@@ -130,6 +130,7 @@ def read_values(
 )->list: # raises ValueError for what is no such value
     "Read the values of a grid as they are typed."
     kind, parts = type(default), [o.strip() for o in text.replace(';', ',').split(',') if o.strip()]
+    if kind not in (int, float, str): raise ValueError('A setting that is a pair of numbers cannot be varied in a grid.')
     try: return [kind(o) for o in parts]
     except ValueError:
         raise ValueError(f'The values are {text!r}: write {"numbers" if kind is float else "whole numbers"} '
@@ -202,6 +203,8 @@ def check(self:SamplerSettings):
     if self.count() > most_pictures:
         raise ValueError(f'{len(self.prompts())} prompts with {self.n} pictures each are {self.count()} pictures: '
                          f'{most_pictures} are the most, so ask for fewer of each.')
+    if self.vary and not all(self.vary in o for o in self.sides):
+        raise ValueError(f'There is no setting called {self.vary!r} in which the sides could differ.')
     self._check_pictures()
 
 @patch
