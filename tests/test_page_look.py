@@ -58,6 +58,18 @@ def test_pixels_are_enlarged_by_whole_numbers(page):
     assert len(shown) > 12 and all(w % n == 0 and r == 'pixelated' for n, w, r in shown), shown
     assert max(w for n, w, r in shown) >= 256
 
+def test_settings_are_within_reach_on_a_telephone(page):
+    page.set_viewport_size(dict(width=390, height=844))
+    page.locator('.mdm-fields').wait_for(state='hidden')
+    press(page, 'Settings')
+    page.get_by_label('Steps', exact=True).first.wait_for()
+    assert place(page, '.mdm-fields')[1] < 400 and place(page, '.mdm-fields')[1] < place(page, '.mdm-results')[1]
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    press(page, 'Settings')
+    page.locator('.mdm-fields').wait_for(state='hidden')
+    assert place(page, '.mdm-levels')[1] < 500                                   # the pictures begin on the first screen
+    page.set_viewport_size(dict(width=1400, height=900))
+
 def test_a_picture_opens_large(page):
     page.locator('.mdm-open').first.click()
     large = page.locator('.mdm-large:popover-open')
@@ -85,18 +97,6 @@ def test_dark_where_the_system_is(page):
     page.evaluate("document.querySelector('.mdm-sampler').style.colorScheme = ''; document.body.dataset.jpThemeLight = 'false'")        # a dark JupyterLab
     assert brightness(page, '.mdm-composer') < 60
     page.evaluate("document.body.dataset.jpThemeLight = 'true'")
-
-def test_settings_are_within_reach_on_a_telephone(page):
-    page.set_viewport_size(dict(width=390, height=844))
-    page.locator('.mdm-fields').wait_for(state='hidden')
-    press(page, 'Settings')
-    page.get_by_label('Steps', exact=True).first.wait_for()
-    assert place(page, '.mdm-fields')[1] < 400 and place(page, '.mdm-fields')[1] < place(page, '.mdm-results')[1]
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    press(page, 'Settings')
-    page.locator('.mdm-fields').wait_for(state='hidden')
-    assert place(page, '.mdm-levels')[1] < 500                                   # the pictures begin on the first screen
-    page.set_viewport_size(dict(width=1400, height=900))
 
 def test_the_end_of_the_process_is_told(server, page):
     "The last test: it ends the process behind the page."
