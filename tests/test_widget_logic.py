@@ -4,9 +4,11 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from PIL import Image
 from mdm.cli.sample import mdm_sample
+from mdm.data.shapes import random_shape
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
+from mdm.text import split_words
 from mdm.utils.pictures import caption_font, contact_sheet, png_bytes
 from mdm.widgets import editing, fields
 from mdm.widgets.drawing import film, film_pictures, labelled_sheet, mp4_bytes
@@ -300,3 +302,22 @@ def test_words_that_never_occurred(tmp_path):
     assert 'center (near: centre)' in word_hint('a dragon in the center', known_words('shapes')) and 'dragon' in word_hint('a dragon', shapes_words())
     assert known_words(tmp_path/'nothing') is None and word_hint('a dragon', None) == ''
     assert PipelineShelf('shapes').words('shapes') == shapes_words()
+
+def test_a_training_keeps_the_words_of_its_captions(tmp_path):
+    "Through a stop and a resumption; a checkpoint from before says nothing."
+    from mdm.cli.train import mdm_train
+    from mdm.data.shapes import write_shapes
+    write_shapes(tmp_path/'data', 24, 16, per_shard=24)
+    small = ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]', 'model.inner.time_dim=32', 'model.inner.num_groups=4',
+        'model.inner.num_text_layers=0', 'text.dim=16', 'data.image_size=16', 'train.bf16=false', 'train.batch_size=4', 'train.warmup_steps=1', 'train.steps=6', 'train.preview_every=1000', 'data.workers=0']
+    command = ['shapes', *small, '--output', str(tmp_path/'run'), '--data', str(tmp_path/'data'/'*.tar')]
+    assert mdm_train([*command, '--minutes', '1e-6']) == 0            # one step: four captions
+    first = known_words(tmp_path/'run')
+    assert mdm_train(command) == 0                                    # six steps: all 24 captions
+    known_words.cache_clear()
+    every = {w for i in range(24) for w in split_words(random_shape(0, i, False)[1])}
+    assert first < every == known_words(tmp_path/'run') and 'dragon' in word_hint('a dragon', known_words(tmp_path/'run'))
+    path = next((tmp_path/'run').glob('step_00000006'))/'state.json'
+    about = json.loads(path.read_text()); del about['extra']['training']['words']; path.write_text(json.dumps(about))
+    known_words.cache_clear()
+    assert known_words(tmp_path/'run') is None

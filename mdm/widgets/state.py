@@ -472,7 +472,8 @@ def known_words(
     if not readable(path).is_dir(): return None
     checkpoint = load_checkpoint(path)
     if checkpoint.recipe.text.encoder != 'hash': return None
-    if 'words' in checkpoint.extra: return frozenset(map(str, checkpoint.extra['words']))
+    stored = (checkpoint.extra.get('training') or {}).get('words')
+    if stored: return frozenset(map(str, stored))
     return shapes_words() if Path(bundled/'shapes') == checkpoint.folder else None
 
 @patch
