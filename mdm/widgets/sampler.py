@@ -22,7 +22,7 @@ from .drawing import download_link, film, film_pictures, logsnr_svg, mp4_bytes
 from .editing import EditPanel, SettingsDrop
 from .exchange import how_again, result_files, results_zip
 from .fields import checked_int, copy_box, has_scripts, scripted
-from .parts import Card, SideView, box, classed, example_pictures, fold, html_text, labelled, style_sheet
+from .parts import Card, Fold, SideView, box, classed, example_pictures, html_text, labelled, style_sheet
 from .state import PipelineShelf, SamplerRun, SamplerSettings, Side, grid_sides, new_seed, path_moments, read_values
 from .state import avoided, example_prompts, last_seed, most_pictures, styles, walk_together, word_hint
 
@@ -67,7 +67,7 @@ class SideControls(W.VBox):
         self.sampling = sampling_controls()
         first = [self.sampling[o] for o in ('steps', 'solver', 'guidance')]
         others = [o for o in self.sampling.values() if o not in first]
-        more = fold('More about sampling', *others, self.recipe)
+        more = Fold('More about sampling', *others, self.recipe)
         super().__init__([self.checkpoint, box('mdm-row', *first[:2]), first[2], more])
         classed(self, 'mdm-side-fields')
         self.sampling['solver'].observe(self._solver_changed, 'value')
@@ -215,7 +215,7 @@ def _use(self:SamplerWidget,
     if self.busy or not run or not any(o.i == side for o in run.sides) or not 0 <= k < run.settings.count(): return
     pictures = next(o for o in run.sides if o.i == side).pictures()[0]
     self.edit.use(Image.fromarray(pictures[k]))
-    self.edit_fold.selected_index = 0
+    self.edit_fold.show(True)
     self.fields.add_class('mdm-shown')
     self._say(f'The next run begins with the picture of seed {run.settings.seed + k}.')
 
@@ -233,8 +233,8 @@ def _open(self:SamplerWidget):
     messages = box('mdm-messages', self.progress, self.status, self.error)
     ask = box('mdm-ask', box('mdm-composer', self.prompt, bar), self.examples, messages, *self._add_keyboard())
     self.fields = box('mdm-fields', box('mdm-row', self.n, self.seed), self.keep_seed, self.side_a, self.edit_fold,
-        fold('Wording', self.several, self.negative, self.style_, self.avoid),
-        fold('Compare', self.compare, self.side_b, self.vary, self.values_), fold('Settings of a picture', self.again))
+        Fold('Wording', self.several, self.negative, self.style_, self.avoid),
+        Fold('Compare', self.compare, self.side_b, self.vary, self.values_), Fold('Settings of a picture', self.again))
     results = box('mdm-results', self.views, self.after)
     self.children = [self.children[0], box('mdm-main', ask, self.fields, results, self.history)]
     self._load(self.side_a)
@@ -292,7 +292,7 @@ def _make_fields(self:SamplerWidget):
     self.avoid = labelled(W.Dropdown(options=list(avoided)), 'Avoid', 'Words that join the negative prompt')
     self.seed.observe(lambda _: setattr(self.keep_seed, 'value', True), 'value')
     self.edit = EditPanel(self._fail)
-    self.edit_fold = fold('Begin with a picture', self.edit)
+    self.edit_fold = Fold('Begin with a picture', self.edit)
     self.again = SettingsDrop(self._restored, self._fail, lambda: list(self.shelf.paths))
 
 @patch
@@ -355,7 +355,7 @@ def _make_results(self:SamplerWidget):
     self.downloads, self.made, self.plot, self.copy = html_text(), classed(html_text(), 'mdm-made'), html_text(), html_text()
     save = box('mdm-save', html_text('<h3>Save</h3>'), self.downloads, *self.makers, self.made)
     show = box('mdm-show', self.kind, self.inner, self.live)
-    self.after = box('mdm-after', self.scrub, self.strip, show, save, self.copy, fold('Noise schedule', self.plot))
+    self.after = box('mdm-after', self.scrub, self.strip, show, save, self.copy, Fold('Noise schedule', self.plot))
     self.after.layout.display = 'none'
     for o in (self.kind, self.inner, self.scrub): o.observe(lambda _: self._draw(), 'value')
     for o in self.makers: o.on_click(self._make_file)
@@ -641,7 +641,8 @@ def _finish(self:SamplerWidget, run):
     self.files = {o.i: [(f.name, f.data) for f in files[j*n:(j + 1)*n]] for j, o in enumerate(run.sides)}
     self.downloads.value = download_link(sheet.name, sheet.data, sheet.label)
     command, python = how_again(run.sides, self._places(), self.shelf.recipe or '')
-    self.copy.value = copy_box('As a command line', command) + copy_box('As Python', python)
+    texts = {'As a command line': command, 'As Python': python}
+    self.copy.value = ''.join(copy_box(title, text) for title, text in texts.items() if text)
     self._set_saving(True)
     self._follow()
     for card, past in zip(self.past, self.runs):
