@@ -17,7 +17,7 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type='text/markdown',
     packages=find_packages(include=['mdm', 'mdm.*']),
-    package_data={'mdm': ['presets/*.yaml', 'bundled/*/*', '*/*.css', '*/*.jinja']},
+    package_data={'mdm': ['presets/*.yaml', 'bundled/*/*', '*/*.css', '*/*.js', '*/*.jinja']},
     install_requires=cfg['requirements'].split(),
     extras_require={**extras, 'dev': sum(extras.values(), [])},
     entry_points={

@@ -112,7 +112,7 @@ def test_run_pictures_change_and_end(page):
         page.wait_for_timeout(50)
     finish(page)
     assert len(seen) > 3 and 'step 60 of 60' in status(page)
-    assert page.locator('.mdm-levels img').count() == 2 and page.locator('.mdm-levels img').first.evaluate("o => o.naturalWidth == 65 && o.width > 300 && getComputedStyle(o).imageRendering == 'pixelated'")
+    assert page.locator('.mdm-levels .mdm-open img').count() == 8 and page.locator('.mdm-levels img').first.evaluate("o => o.naturalWidth == 32 && o.width >= 192 && o.width%32 == 0 && getComputedStyle(o).imageRendering == 'pixelated'")
     assert page.locator('svg .mdm-now').count() == 1 and not page.errors
 
 def test_stop_from_the_page(page):
@@ -136,31 +136,33 @@ def test_scrub(page):
     page.wait_for_function('o => document.querySelector(".mdm-levels img").src != o', arg=last)
     page.get_by_role('button', name='clean x₀').click()
     page.get_by_label('Inner resolutions too').uncheck()
-    page.locator('.mdm-levels img').nth(1).wait_for(state='hidden')
+    page.get_by_text('16 × 16 pixels').wait_for(state='hidden')
     page.get_by_label('Inner resolutions too').check()
 
 def test_history_restores(page):
     start(page, Prompt='a small blue bar', Steps='5', Seed='21', Pictures='1'); finish(page)
     one = picture(page)
     start(page, Prompt='a large green ring', Steps='6', Seed='22', Pictures='2'); finish(page)
-    page.get_by_role('button', name='seed 21').click()
+    page.locator('.mdm-history').get_by_role('button', name='seed 21').click()
     page.get_by_text('Brought back').wait_for()
     assert [page.get_by_label(o, exact=True).first.input_value() for o in ('Prompt', 'Steps', 'Seed', 'Pictures')] == ['a small blue bar', '5', '21', '1']
     assert picture(page) == one
 
 def test_downloads(page):
-    with page.expect_download() as d: page.get_by_role('link', name='seed 21').click()
+    page.get_by_role('button', name='seed 21', exact=False).and_(page.locator('.mdm-open')).first.click()
+    with page.expect_download() as d: page.get_by_role('link', name='Save PNG').click()
+    page.keyboard.press('Escape')
     data = Path(d.value.path()).read_bytes()
     picture = Image.open(BytesIO(data))
     assert d.value.suggested_filename == 'mdm_seed21.png' and picture.size == (32, 32)
     assert picture.text['prompt'] == 'a small blue bar' and picture.text['seed'] == '21' and json.loads(picture.text['settings'])['sides'][0]['steps'] == 5
-    press(page, 'Make a GIF of the path')
-    with page.expect_download() as d: page.get_by_role('link', name='Download the GIF').click()
+    with page.expect_download() as d: press(page, 'GIF')            # one press: the page saves it by itself
     gif = Image.open(d.value.path())
     assert d.value.suggested_filename.endswith('.gif') and gif.format == 'GIF' and gif.n_frames == 5
 
 def test_compare_side_by_side(page):
     page.get_by_label('Solver', exact=True).first.select_option('ddim')
+    page.get_by_role('button', name='Compare').click()
     page.get_by_label('Compare with').check()
     page.get_by_label('Steps', exact=True).nth(1).fill('4'); page.get_by_label('Solver', exact=True).nth(1).select_option('unipc')
     start(page, Seed='2'); finish(page)
@@ -170,8 +172,9 @@ def test_compare_side_by_side(page):
     page.get_by_label('Compare with').uncheck()
 
 def test_prompts_are_text(page):
+    page.get_by_role('button', name='Wording').click()
     start(page, Prompt=evil, **{'Negative prompt': evil}); finish(page)
-    page.get_by_role('button', name='seed 2', exact=False).first.wait_for()
+    page.locator('.mdm-caption', has_text='seed 2').first.wait_for()
     assert page.title() == 'Matryoshka Diffusion' and page.locator('img[src=x]').count() == 0 and page.locator('.mdm-sampler script').count() == 0
     assert page.get_by_label('Prompt', exact=True).input_value() == evil
 
@@ -195,9 +198,10 @@ def test_on_a_telephone(server, browser):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     out = "() => [...document.querySelectorAll('.mdm-sampler *:not(.noUi-origin)')].filter(o => o.offsetParent && (o.getBoundingClientRect().right > innerWidth + 1 || o.getBoundingClientRect().left < -1)).map(o => o.className)"
     assert page.evaluate(out) == []
-    page.get_by_text('More about sampling').first.tap()
-    for name in ('Run', 'Make a GIF of the path', 'step 1'): page.get_by_role('button', name=name, exact=True).scroll_into_view_if_needed(); assert page.get_by_role('button', name=name, exact=True).is_visible()
-    assert page.locator('.mdm-results').bounding_box()['y'] < page.locator('.mdm-fields').bounding_box()['y']      # pictures come before the fine print
+    press(page, 'Settings'); page.get_by_text('More about sampling').first.tap()
+    for name in ('Run', 'GIF', 'step 1'): page.get_by_role('button', name=name, exact=True).scroll_into_view_if_needed(); assert page.get_by_role('button', name=name, exact=True).is_visible()
+    assert page.locator('.mdm-ask').bounding_box()['y'] < page.locator('.mdm-fields').bounding_box()['y'] < page.locator('.mdm-results').bounding_box()['y']
+    press(page, 'Settings'); page.locator('.mdm-fields').wait_for(state='hidden')       # folded, the pictures follow the prompt
     page.get_by_role('button', name='step 1', exact=True).tap(); page.get_by_text('Path: step 1 of').wait_for()
     assert page.evaluate(out) == []
     page.context.close()

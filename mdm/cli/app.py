@@ -271,7 +271,7 @@ def server_config(
     tornado = dict(allow_remote_access=not is_local(host), local_hostnames=['localhost', host],
                    websocket_max_message_size=2**20, headers=_headers)
     server = dict(ip=host, port=port, port_retries=0, open_browser=False, log_level='ERROR', tornado_settings=tornado)
-    widgets = ['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8']
+    widgets = ['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8', 'anywidget']
     page = dict(template='mdm', strip_sources=True, show_tracebacks=False, file_allowlist=[], extension_allowlist=widgets,
                 allow_template_override='NO', allow_theme_override='NO',
                 multi_kernel_manager_class=places_manager(visitors, forks))

@@ -36,6 +36,7 @@ from .callbacks import *
 from .distributed import DistributedTrainer, rank_seed
 from .optimizers import lr_factor, optimizer_of
 from .resume import Checkpoints, Snapshots, load_training, save_training
+from .words import SeenWords
 from ..utils.pictures import contact_sheet
 from ..utils.ranks import is_main, rank_and_world
 from .distributed import peer_errors
@@ -238,6 +239,8 @@ def training_callbacks(
     cbs = [*batch, DistributedTrainer(t.fsdp), *gradient, *weights]
     if t.power_ema: cbs.append(PowerAverages(t.power_ema))
     if t.bf16: cbs.append(BFloat16())
+    if recipe.text.encoder == 'hash' and not recipe.data.embeddings:
+        cbs.append(SeenWords(recipe.text.max_chars, recipe.text.max_tokens))
     if t.accumulate > 1: cbs.append(Accumulate(t.accumulate*t.batch_size))
     if t.freeze_inner_steps: cbs.append(FreezeNetworks(grown_networks(model), t.freeze_inner_steps))
     return cbs

@@ -87,8 +87,9 @@ def set_random_state(
 def _counters(learn):
     "The numbers of the callbacks that count."
     log, skip = getattr(learn, 'step_log', None), getattr(learn, 'skip_non_finite', None)
-    power = getattr(learn, 'power_averages', None)
+    power, seen = getattr(learn, 'power_averages', None), getattr(learn, 'seen_words', None)
     return dict(
+        words=seen and seen.words(),
         updates=learn.moving_average.updates,
         power_updates=power and power.updates,
         skipped=skip and [int(skip.count), int(skip.in_a_row)],
@@ -136,6 +137,7 @@ def _load_counters(learn, facts, others):
     learn.moving_average.updates = facts['updates']
     if facts.get('power_updates') is not None: learn.power_averages.updates = facts['power_updates']
     if skip and facts['skipped']: skip.count, skip.in_a_row = facts['skipped']
+    if hasattr(learn, 'seen_words'): learn.seen_words.restore(facts.get('words'))
     if not log or facts['logged'] is None: return
     log.logged, log.elapsed = facts['logged'], facts['seconds']
     log.rows = [row.to(learn.dls.device) for row in others.get('log', ())]

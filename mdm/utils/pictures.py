@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['pixels_to_signal', 'signal_to_pixels', 'to_bytes', 'profile_fault', 'to_rgb', 'open_picture', 'to_pil', 'from_pil',
-           'pixel_tensors', 'png_bytes', 'wrap_text', 'contact_sheet']
+           'pixel_tensors', 'png_bytes', 'caption_font', 'wrap_text', 'contact_sheet']
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #5bde0bb0
 import io, textwrap, warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 import numpy as np
@@ -173,6 +174,15 @@ def png_bytes(
     picture.save(file, 'PNG', pnginfo=text)
     return file.getvalue()
 
+# %% ../../nbs/0_ground/03_pictures.ipynb #45342b54
+@lru_cache
+def caption_font(
+    size:int=11, # in pixels
+)->ImageFont.FreeTypeFont: # for Pillow
+    "The font of captions."
+    package = Path(find_spec('matplotlib').origin).parent
+    return ImageFont.truetype(str(package/'mpl-data'/'fonts'/'ttf'/'DejaVuSans.ttf'), size)
+
 # %% ../../nbs/0_ground/03_pictures.ipynb #f08366d1
 def wrap_text(
     text:str, # a caption
@@ -212,7 +222,7 @@ def contact_sheet(
         raise ValueError(f'contact_sheet: {len(rows[0])} pictures, {len(captions)} captions{more}; give as many of '
             'each, at least one')
     rows = [[p.resize(q.size, Image.Resampling.NEAREST) for p, q in zip(row, rows[0])] for row in rows]
-    w, h, font = max(p.width for p in rows[0]), max(p.height for p in rows[0]), ImageFont.load_default(12)
+    w, h, font = max(p.width for p in rows[0]), max(p.height for p in rows[0]), caption_font()
     texts, columns = [wrap_text(c, font, w) for c in captions], min(columns, len(captions))
     W, H = w + 8, (h + 4)*len(rows) + 15*max(t.count('\n') + 1 if t else 0 for t in texts) + 8
     sheet = Image.new('RGB', (W*columns, H*ceil(len(texts)/columns)), 'white')
