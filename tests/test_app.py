@@ -126,7 +126,7 @@ def test_scrub(page):
     page.wait_for_function('o => document.querySelector(".mdm-levels img").src != o', arg=last)
     page.get_by_role('button', name='clean x₀').click()
     page.get_by_label('Inner resolutions too').uncheck()
-    page.get_by_text('16 × 16 pixels').wait_for(state='hidden')
+    page.get_by_text('16 × 16 pixels', exact=True).wait_for(state='hidden')
     page.get_by_label('Inner resolutions too').check()
 
 def test_history_restores(page):
