@@ -136,7 +136,7 @@ def test_scrub(page):
     page.wait_for_function('o => document.querySelector(".mdm-levels img").src != o', arg=last)
     page.get_by_role('button', name='clean x₀').click()
     page.get_by_label('Inner resolutions too').uncheck()
-    page.get_by_text('16 × 16 pixels').wait_for(state='hidden')
+    page.get_by_text('16 × 16 pixels', exact=True).wait_for(state='hidden')
     page.get_by_label('Inner resolutions too').check()
 
 def test_history_restores(page):
@@ -196,7 +196,7 @@ def test_on_a_telephone(server, browser):
     page.get_by_text('Ready').wait_for(timeout=ready)
     start(page); finish(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    out = "() => [...document.querySelectorAll('.mdm-sampler *:not(.noUi-origin)')].filter(o => o.offsetParent && (o.getBoundingClientRect().right > innerWidth + 1 || o.getBoundingClientRect().left < -1)).map(o => o.className)"
+    out = "() => [...document.querySelectorAll('.mdm-sampler *:not(.noUi-origin)')].filter(o => o.offsetParent && !o.closest('.mdm-examples > *, .mdm-strip > *') && (o.getBoundingClientRect().right > innerWidth + 1 || o.getBoundingClientRect().left < -1)).map(o => o.className)"
     assert page.evaluate(out) == []
     press(page, 'Settings'); page.get_by_text('More about sampling').first.tap()
     for name in ('Run', 'GIF', 'step 1'): page.get_by_role('button', name=name, exact=True).scroll_into_view_if_needed(); assert page.get_by_role('button', name=name, exact=True).is_visible()

@@ -15,7 +15,10 @@ def page(server, browser):
     yield page
     page.context.close()
 
-def place(page, name): return tuple(round(page.locator(name).first.bounding_box()[k]) for k in ('x', 'y', 'width', 'height'))
+def place(page, name):
+    "x, y, width and height, measured at once: a picture is replaced several times a second."
+    return tuple(page.evaluate("name => (r => [r.x, r.y, r.width, r.height].map(Math.round))(document.querySelector(name).getBoundingClientRect())", name))
+
 def brightness(page, name, what='backgroundColor'): return page.locator(name).first.evaluate(f"o => getComputedStyle(o).{what}.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)/3")
 
 def test_the_prompt_is_first_and_largest(page):

@@ -234,7 +234,7 @@ def _open(self:SamplerWidget):
     ask = box('mdm-ask', box('mdm-composer', self.prompt, bar), self.examples, messages, *self._add_keyboard())
     self.fields = box('mdm-fields', box('mdm-row', self.n, self.seed), self.keep_seed, self.side_a, self.edit_fold,
         Fold('Wording', self.several, self.negative, self.style_, self.avoid),
-        Fold('Compare', self.compare, self.side_b, self.vary, self.values_), Fold('Settings of a picture', self.again))
+        Fold('Compare', self.compare, self.side_b, self.vary, self.values_), Fold('Restore settings from a picture', self.again))
     results = box('mdm-results', self.views, self.after)
     self.children = [self.children[0], box('mdm-main', ask, self.fields, results, self.history)]
     self._load(self.side_a)
@@ -322,11 +322,11 @@ def _make_side_fields(self:SamplerWidget):
     self.values_ = labelled(W.Text(placeholder='such as 1, 3, 6'), 'Values', 'With commas between them')
     for o in (self.side_b, self.values_): o.layout.display = 'none'
     def toggle(change):
-        self.side_b.layout.display = None if change.new else 'none'
-        if not change.new: return
-        self.vary.value = ''
-        if self.side_a.pipe: self.side_b.fit(self.side_a.pipe)
-        self.side_b.values = self.side_a.values
+        if change.new:
+            self.vary.value = ''
+            if self.side_a.pipe: self.side_b.fit(self.side_a.pipe)
+            self.side_b.values = self.side_a.values
+        self.side_b.layout.display = None if change.new else 'none'       # shown when its values are there
     def choose(change):
         self.values_.layout.display = None if change.new else 'none'
         if change.new: self.compare.value = False
