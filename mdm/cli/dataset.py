@@ -197,6 +197,28 @@ def _shapes(args):
             writer.add(i, shape_sample(i, args.size, args.seed, args.held_out, args.plain))
     _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
 
+# %% ../../nbs/5_edges/05_dataset.ipynb #f17e0004
+def _prior_flags(p):
+    p.add_argument('model', metavar='CHECKPOINT', help='the model that will be fine-tuned, or shapes')
+    p.add_argument('prompts', metavar='PROMPTS', help='a text file with one prompt a line')
+    p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
+    p.add_argument('--seed', type=at_least(0), default=0, help='of the first picture (%(default)s)')
+    _add_sizes(p)
+
+@_subcommand('prior', 'pictures that a model draws, for fine-tuning',
+    'Draw prompts with a model, and make shards of the pictures. Trained on beside new pictures, they keep what the model '
+    'knows.',
+    'mdm_dataset prior shapes known.txt data/known', _prior_flags)
+def _prior(args):
+    "Shards of pictures that a model draws."
+    from mdm.training.finetune import write_prior
+    from mdm.utils.configs import changed
+    lines = [o.strip() for o in Path(args.prompts).read_text(encoding='utf-8').splitlines()]
+    config = changed(ShardsConfig(), 'prior', **_given(args, ShardsConfig))
+    manifest = write_prior(args.model, [o for o in lines if o], args.folder, args.seed, config, _command_line(args), bar=True)
+    command = f"mdm_train --from {shlex.quote(args.model)} --data NEW {_tars_in(args.folder)} data.weights=[1,1] finetune.rank=8"
+    _report(manifest, args.folder, args, command)
+
 # %% ../../nbs/5_edges/05_dataset.ipynb #fdac974d
 def _split_flags(p):
     _add_files(p)

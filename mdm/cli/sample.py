@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_png', 'make_sheet', 'next_number', 'read_prompts', 'sample_with_bar', 'choose_tool', 'Drawing', 'clean_after',
-           'mdm_sample']
+           'read_adapter_wish', 'mdm_sample']
 
 # %% ../../nbs/5_edges/07_sample.ipynb #e4c02529
 import argparse, re, shutil, warnings
@@ -248,6 +248,16 @@ def clean_after(
         text = f'stopped with {drawn} of {count} pictures in {folder}; the same command goes on from there'
         raise KeyboardInterrupt(text) from None
 
+# %% ../../nbs/5_edges/07_sample.ipynb #f17e0006
+def read_adapter_wish(
+    text:str, # of `--adapter`: a folder, perhaps with a colon and a strength behind it
+)->tuple[str, float]: # the folder and the strength
+    "Divide the value of `--adapter`. A folder of the whole name comes first."
+    path, colon, number = text.rpartition(':')
+    if not colon or Path(text).exists(): return text, 1.
+    try: return path, float(number)
+    except ValueError: return text, 1.
+
 # %% ../../nbs/5_edges/07_sample.ipynb #029f1291
 def _about(args, config, given, named):
     "What is written into every picture, besides its prompt and seed."
@@ -256,6 +266,7 @@ def _about(args, config, given, named):
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
     found = find_checkpoint(args.checkpoint).name if readable(args.checkpoint).is_dir() else ''
     step = {} if found in ('', Path(args.checkpoint).name) else dict(step=found)         # the newest one may change
+    if args.adapter: named = dict(named, adapter=' '.join(args.adapter))
     return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=args.checkpoint,
                 weights=weights, **step, software='mdm')
 
@@ -268,6 +279,7 @@ def _sample_command(
     if args.verify: verify_checkpoints(args.checkpoint, args.guide)
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
         device=check_device(args.device))
+    for path, strength in map(read_adapter_wish, args.adapter): pipe.add_adapter(path, strength)
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
     (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
@@ -332,6 +344,8 @@ def mdm_sample(
         help='a weaker model of the same resolutions to push away from, instead of from an empty prompt: '
              'an earlier checkpoint, or the same one with --guide-ema')
     add('--guide-ema', metavar='DECAY', type=float, help='which moving average of --guide, where training kept several (the first)')
+    add('--adapter', metavar='FOLDER[:STRENGTH]', action='append', default=[],
+        help='add what a fine-tuning learned, with this strength (1); may be given several times')
     add('--size', metavar='WIDTHxHEIGHT',
         help='size of the pictures, e.g. 384x256; best is one that the model was trained on (the square of the recipe)')
     add('--every-resolution', action='store_true',

@@ -16,7 +16,7 @@ def split_overrides(
     words:list[str], # of the command line
 )->tuple[list[str], list[str]]: # files and names, and changes of the recipe such as train.steps=5
     "Separate changes of the recipe from files."
-    sections = 'name|model|diffusion|text|data|train|sample|distill'
+    sections = 'name|model|diffusion|text|data|train|sample|distill|finetune'
     files, overrides = [], []
     for word in words:
         change = re.match(rf'([^=:/]+:)?({sections})(\.[\w.\[\]]+)?=', word) and not Path(word).exists()
@@ -32,6 +32,7 @@ mdm_train --resume --output runs/try train.steps=20000
 mdm_train cc12m_256x256 --data 's3://bucket/*.tar' model.inner_from=runs/64
 mdm_train --stages 64,256,1024 --data 's3://bucket/*.tar' 1024:train.batch_size=2
 mdm_train --distill runs/try --data 'pictures/*.tar'
+mdm_train --from shapes --data 'new/*.tar' finetune.rank=8 train.steps=400
 mdm_train cc12m_1024x1024 --dry-run-steps 3 train.batch_size=1
 accelerate launch -m mdm.cli.train my_recipe.yaml data.files='[a.tar, b.tar]' train.steps=2000'''
 
@@ -59,6 +60,9 @@ def _parser():
         help='instead of RECIPE: grow a model through several recipes (64,256,1024: the cc12m presets); 256:key=value changes one of them')
     flag('--distill', metavar='CHECKPOINT',
         help='instead of RECIPE: train a student of this model, which draws in 1 to 8 calls (into runs/NAME-distilled)')
+    flag('--from', dest='start', metavar='CHECKPOINT',
+        help='fine-tune this model, with RECIPE or with its own in gentler steps (into runs/NAME-tuned); finetune.rank=8: an '
+             'adapter learns, a small file beside the model')
     flag('--dry-run-steps', metavar='N', type=int,
         help='take N steps, on noise if there are no data, print time and memory, and write nothing')
     return parser
@@ -77,12 +81,12 @@ def wanted_recipes(
     "Read the recipe that the flags describe, or those of all stages."
     from mdm.recipe import load_recipe, lost_references
     (names, overrides), (data, more) = split_overrides(args.rest), split_overrides(args.data)
-    if args.stages and args.distill: raise ValueError('--stages and --distill: give one of them')
-    others = args.stages or args.distill
-    source = names.pop(0) if names and not others else None
-    if not source and args.resume and args.output and not others: source = Path(args.output)/'recipe.yaml'
-    if not source and not others:
-        raise ValueError('the following arguments are required: RECIPE (or --stages, --distill, or --resume with '
+    ways = [name for name, given in (('--stages', args.stages), ('--distill', args.distill), ('--from', args.start)) if given]
+    if len(ways) > 1: raise ValueError(f"{' and '.join(ways)}: give one of them")
+    source = names.pop(0) if names and ways in ([], ['--from']) else None
+    if not source and args.resume and args.output and not ways: source = Path(args.output)/'recipe.yaml'
+    if not source and not ways:
+        raise ValueError('the following arguments are required: RECIPE (or --stages, --distill, --from, or --resume with '
                          '--output)')
     changes = [*names, *overrides, *more, *split_overrides(args.valid)[1]]
     def with_data(recipe):
@@ -94,9 +98,12 @@ def wanted_recipes(
     if args.distill:
         from mdm.training.distill import distill_recipe
         recipe = distill_recipe(args.distill, changes, data)
+    elif args.start:
+        from mdm.training.finetune import finetune_recipe
+        recipe = finetune_recipe(args.start, changes, data, load_recipe(source) if source else None)
     else: recipe = with_data(load_recipe(source, changes))
     if args.output: recipe.train.output = args.output
-    if lost := lost_references(recipe): raise ValueError('\n- '.join([f'{source or args.distill}:', *lost]))
+    if lost := lost_references(recipe): raise ValueError('\n- '.join([f'{source or args.distill or args.start}:', *lost]))
     return [recipe]
 
 # %% ../../nbs/5_edges/06_train.ipynb #94b158d0
