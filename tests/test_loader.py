@@ -1,4 +1,4 @@
-"The loader: what a reader of nbs/2_data/05_loader.ipynb should not have to read."
+"The loader: what a reader of nbs/2_data/06_loader.ipynb should not have to read."
 import json, multiprocessing, pickle, random, threading, time, warnings
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"The stream: what a reader of nbs/2_data/04_stream.ipynb should not have to read."
+"The stream: what a reader of nbs/2_data/05_stream.ipynb should not have to read."
 import json, os, pickle, random, warnings, zlib
 from collections import Counter
 
