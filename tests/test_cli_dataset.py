@@ -41,7 +41,7 @@ def put(folder, n, bad=()):
 
 def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
 def names(folder): return sorted(p.name for p in Path(folder).iterdir())
-kinds = ['folder', 'urls', 'parquet', 'shapes', 'split', 'embed', 'inspect', 'download']
+kinds = ['folder', 'urls', 'parquet', 'shapes', 'prior', 'split', 'embed', 'inspect', 'download']
 
 @pytest.mark.parametrize('kind', kinds)
 def test_help(call, kind):

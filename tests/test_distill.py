@@ -12,7 +12,7 @@ from mdm.diffusion.settings import SampleConfig
 from mdm.diffusion.solvers import choose_steps, consistency_steps, ddim_step, jump, jump_target
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import DistillConfig, RecipeError, load_recipe, recipe_dict, save_recipe
-from mdm.training.distill import (DistillLoss, Teacher, _find_teacher, distill_learner, distill_recipe, distill_training, draw_starts,
+from mdm.training.distill import (DistillLoss, Teacher, named_recipe, distill_learner, distill_recipe, distill_training, draw_starts,
                                   load_teacher)
 from mdm.training.learner import mdm_learner
 from mdm.training.run import run_training
@@ -140,7 +140,7 @@ def test_recipe_of_a_student(teacher, tmp_path):
     assert (now.sample.solver, now.sample.guidance, now.sample.segments, now.sample.threshold) == ('consistency', 1., 4, 'none')
     assert load_recipe(save_recipe(now, tmp_path/'r.yaml')) == now
     assert distill_recipe(teacher, files=['a.tar']).train.output == 'runs/shapes-distilled' and distill_recipe(teacher, ['data.files=[a.tar]', 'name=few']).train.output == 'runs/few'
-    assert _find_teacher('shapes')[0] == 'shapes'                # a bundled model keeps its name
+    assert named_recipe('shapes')[0] == 'shapes'                # a bundled model keeps its name
 
 def test_recipes_that_cannot_work(teacher, tmp_path):
     with pytest.raises(RecipeError) as e: student(teacher, tmp_path, 'train.caption_dropout=0.1', 'diffusion.mixed_ratio=[2,1]', 'distill.teacher_steps=600')
