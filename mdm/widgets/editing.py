@@ -26,7 +26,8 @@ def decode_picture(
     data:bytes, # a file
 )->Image.Image: # RGB, upright; raises ValueError for what is no picture, or too large
     "Open a picture from outside."
-    if len(data) > most_bytes: raise ValueError(f'the file has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most')
+    if len(data) > most_bytes:
+        raise ValueError(f'the file has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most')
     try:
         picture = Image.open(BytesIO(data), formats=['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])
         pixels = picture.width*picture.height
@@ -34,7 +35,8 @@ def decode_picture(
     except Image.DecompressionBombError: pixels = 2*Image.MAX_IMAGE_PIXELS
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError):
         raise ValueError('this is no picture that can be opened, or it is damaged: save it as PNG or JPEG') from None
-    raise ValueError(f'the picture has {pixels/1e6:,.0f} million pixels, and {most_pixels/1e6:.0f} million are the most: reduce it first')
+    raise ValueError(f'the picture has {pixels/1e6:,.0f} million pixels, and {most_pixels/1e6:.0f} million are the most: '
+                     'reduce it first')
 
 # %% ../../nbs/4_use/11_widget_editing.ipynb #e59b162f
 def fit_picture(
@@ -44,7 +46,8 @@ def fit_picture(
     "Bring a picture to a square size."
     if picture.size == (size, size): return picture, ''
     cut = 'cut to its middle square and ' if picture.width != picture.height else ''
-    done = f'The picture of {picture.width} × {picture.height} pixels was {cut}resized to {size} × {size}, the size that is drawn here.'
+    done = (f'The picture of {picture.width} × {picture.height} pixels was {cut}resized to {size} × {size}, '
+            'the size that is drawn here.')
     return ImageOps.fit(picture, (size, size), Image.LANCZOS), done
 
 # %% ../../nbs/4_use/11_widget_editing.ipynb #46e7b841
@@ -102,11 +105,13 @@ class EditPanel(W.VBox):
         self.fail, self.changed, self.sizes = fail, changed, [64]
         self.source, self.picture = None, None            # as it was given; as large as the model draws
         names = [('Draw', 'draw'), ('Change', 'change'), ('Fill in', 'fill in'), ('Enlarge', 'enlarge')]
-        self.mode = labelled(W.ToggleButtons(options=names, tooltips=list(modes.values()), style={'button_width': 'auto'}),
+        self.mode = labelled(W.ToggleButtons(options=names, tooltips=list(modes.values()),
+                                             style={'button_width': 'auto'}),
                              'Begin with', 'Noise, or a picture')
         self.drop = FileDrop('Drop a picture here, choose a file, or use one of the results', self._taken, fail)
         self.view, self.note, self.brush = html_text(), html_text(), MaskBrush(changed, fail)
-        self.strength = labelled(W.FloatSlider(.6, min=.05, max=1, step=.05), 'Strength', 'Share of the steps to take: more changes more')
+        self.strength = labelled(W.FloatSlider(.6, min=.05, max=1, step=.05), 'Strength',
+            'Share of the steps to take: more changes more')
         self.repeats = labelled(W.BoundedIntText(1, min=1, max=10), 'Repeats',
             'Times that each step is taken: old and new parts agree better, for as many times the work')
         self.parts = box('mdm-edit', self.drop, self.note, self.view, self.brush, self.strength, self.repeats)
@@ -120,8 +125,8 @@ class EditPanel(W.VBox):
 def _arrange(self:EditPanel):
     "Show the controls of the mode."
     mode, there = self.mode.value, self.picture is not None
-    shown = {self.parts: mode != 'draw', self.view: there and mode != 'fill in', self.brush: there and mode == 'fill in',
-             self.strength: mode in usual_strength, self.repeats: mode == 'fill in'}
+    shown = {self.parts: mode != 'draw', self.view: there and mode != 'fill in',
+             self.brush: there and mode == 'fill in', self.strength: mode in usual_strength, self.repeats: mode == 'fill in'}
     for widget, wanted in shown.items(): widget.layout.display = None if wanted else 'none'
 
 @patch
@@ -180,7 +185,8 @@ def values(self:EditPanel)->dict: # as in `SamplerSettings`
     if mode == 'draw': return dict(mode=mode)
     found = dict(mode=mode, picture=packed(self.picture) if self.picture else '')
     if mode in usual_strength: found['strength'] = self.strength.value
-    if mode == 'fill in': found |= dict(mask=packed(self.brush.mask) if self.brush.mask else '', repeats=self.repeats.value)
+    mask = packed(self.brush.mask) if self.brush.mask else ''
+    if mode == 'fill in': found |= dict(mask=mask, repeats=self.repeats.value)
     return found
 
 @patch(set_prop=True)
@@ -208,4 +214,5 @@ class SettingsDrop(FileDrop):
             settings, note = read_settings(data, names and names())
             fail('')
             restored(settings, note)
-        super().__init__('Drop a picture that was made here, and its settings come back', taken, fail, 'image/png', head_bytes)
+        label = 'Drop a picture that was made here, and its settings come back'
+        super().__init__(label, taken, fail, 'image/png', head_bytes)

@@ -98,7 +98,8 @@ def read_settings(
         settings = replace(settings, **{o: '' for o in lost})
         notes.append('The picture that sampling began with is not in the file: choose it again.')
     elif settings.mode != 'draw': settings.check()
-    if 'stopped' in texts: notes.append(f'The run was stopped {texts["stopped"][:40].split(":")[0]}; a new run goes to the end.')
+    when = texts.get('stopped', '')[:40].split(':')[0]
+    if when: notes.append(f'The run was stopped {when}; a new run goes to the end.')
     return settings, ' '.join(notes)
 
 # %% ../../nbs/4_use/09_widget_exchange.ipynb #19427108
@@ -131,7 +132,8 @@ def _flags(values):
     "Flags of a command line; a value that begins with a hyphen is bound to its flag."
     parts = []
     for name, value in values.items():
-        flag, texts = '--' + name.replace('_', '-'), [str(o) for o in (value if isinstance(value, (tuple, list)) else [value])]
+        flag, several = '--' + name.replace('_', '-'), value if isinstance(value, (tuple, list)) else [value]
+        texts = [str(o) for o in several]
         if len(texts) == 1 and texts[0][:1] == '-': parts.append(f'{flag}={texts[0]}')
         else: parts += [flag, *texts]
     return parts
@@ -166,10 +168,12 @@ def as_python(
     place = repr(checkpoint or side.name) + (f', recipe={str(recipe)!r}' if recipe else '')
     load = '# pipe is the pipeline that the widget was given' if in_memory(side) and not checkpoint else (
         f'from mdm.pipeline import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
-    call, files = {'draw': ('pipe', []), 'enlarge': ('pipe.upscale', ['picture.png']), 'change': ('pipe.img2img', ['picture.png']),
-                   'fill in': ('pipe.inpaint', ['picture.png', 'mask.png'])}[s.mode]
+    calls = {'draw': ('pipe', []), 'enlarge': ('pipe.upscale', ['picture.png']),
+             'change': ('pipe.img2img', ['picture.png']), 'fill in': ('pipe.inpaint', ['picture.png', 'mask.png'])}
+    call, files = calls[s.mode]
     first = [repr(o) for o in files] + [repr(prompts[0] if len(prompts) == 1 else prompts)]
-    values = dict(n=s.n, seed=s.seed, **({'negative_prompt': negative} if negative else {}), **_begun(side), **_changes(side))
+    avoid = {'negative_prompt': negative} if negative else {}
+    values = dict(n=s.n, seed=s.seed, **avoid, **_begun(side), **_changes(side))
     return f'{load}\npictures = {call}({", ".join([*first, *(f"{k}={v!r}" for k, v in values.items())])})\n'
 
 # %% ../../nbs/4_use/09_widget_exchange.ipynb #54983cd2
@@ -192,7 +196,8 @@ def result_files(
         more = f'{letter.upper()}, ' if len(sides) > 1 else ''
         for k, picture in enumerate(side.pictures()[0]):
             data = png_bytes(Image.fromarray(picture), **side.png_info(k))
-            files.append(ResultFile(name(k) + (f'_{letter}' if letter != 'a' else '') + '.png', f'{more}seed {s.seed + k}', data))
+            file = name(k) + (f'_{letter}' if letter != 'a' else '') + '.png'
+            files.append(ResultFile(file, f'{more}seed {s.seed + k}', data))
     return files
 
 # %% ../../nbs/4_use/09_widget_exchange.ipynb #e29a2301
@@ -223,5 +228,5 @@ def results_zip(
     for what in used: files[f'{what}.png'] = png_bytes(unpacked(getattr(s, what), what))
     out = BytesIO()
     with zipfile.ZipFile(out, 'w') as z:
-        for name, content in files.items(): z.writestr(zipfile.ZipInfo(name), content)      # PNG files are packed already
+        for name, content in files.items(): z.writestr(zipfile.ZipInfo(name), content)      # PNG files are small
     return out.getvalue()

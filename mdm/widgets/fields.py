@@ -58,7 +58,8 @@ def scripted(
     read = lambda file: (files('mdm')/'widgets'/file).read_text(encoding='utf-8')
     kinds = {str: traitlets.Unicode, int: traitlets.Int, bytes: traitlets.Bytes}
     traits = {k: kinds[type(v)](v).tag(sync=True) for k, v in fields.items()}
-    return type(name.capitalize(), (anywidget.AnyWidget,), dict(_esm=read(f'{name}.js'), _css=read('editing.css'), **traits))
+    scripts = dict(_esm=read(f'{name}.js'), _css=read('editing.css'))
+    return type(name.capitalize(), (anywidget.AnyWidget,), scripts | traits)
 
 # %% ../../nbs/4_use/10_widget_fields.ipynb #e9c99926
 most_bytes = 20_000_000                                  # of a file
@@ -104,6 +105,7 @@ def take(self:FileDrop,
     data:bytes, # its content
 ):
     "Hand on a file; a mistake in it is shown to the user."
-    if len(data) > most_bytes: return self.fail(f'{name} has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most.')
+    if len(data) > most_bytes:
+        return self.fail(f'{name} has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most.')
     try: self.taken(name, data)
     except ValueError as e: self.fail(f'{name}: {e}')

@@ -81,7 +81,7 @@ class SamplerSettings:
     avoid: str = 'nothing more'   # key of `avoided`
     n: int = 4                    # pictures per prompt; 1 to `most_pictures` of all prompts together
     seed: int = 0                 # picture k has seed + k
-    sides: list[dict] = field(default_factory=list) # 1 to `most_sides`, each: checkpoint, recipe, and the fields of `SampleConfig`
+    sides: list[dict] = field(default_factory=list) # up to `most_sides`: checkpoint, recipe, fields of `SampleConfig`
     several: bool = False         # every line of `prompt` is a prompt of its own
     vary: str = ''                # of a grid: the field of `SampleConfig` in which its sides differ
     mode: str = 'draw'            # key of `modes`
@@ -118,7 +118,8 @@ def grid_sides(
     values:list, # what it takes, one side each
 )->list[dict]: # the sides; raises ValueError for an unknown field, or for too few or too many values
     "Vary one setting of a side."
-    if name not in side: raise ValueError(f'There is no setting called {name!r} to vary: choose one of {", ".join(side)}.')
+    if name not in side:
+        raise ValueError(f'There is no setting called {name!r} to vary: choose one of {", ".join(side)}.')
     unique = list(dict.fromkeys(values))
     if not 2 <= len(unique) <= most_sides:
         raise ValueError(f'A grid has 2 to {most_sides} different values of {name}, and {len(unique)} were given.')
@@ -130,7 +131,8 @@ def read_values(
 )->list: # raises ValueError for what is no such value
     "Read the values of a grid as they are typed."
     kind, parts = type(default), [o.strip() for o in text.replace(';', ',').split(',') if o.strip()]
-    if kind not in (int, float, str): raise ValueError('A setting that is a pair of numbers cannot be varied in a grid.')
+    if kind not in (int, float, str):
+        raise ValueError('A setting that is a pair of numbers cannot be varied in a grid.')
     try: return [kind(o) for o in parts]
     except ValueError:
         raise ValueError(f'The values are {text!r}: write {"numbers" if kind is float else "whole numbers"} '
@@ -149,7 +151,8 @@ def bring_into(
 )->tuple[int, str]: # the value within the bounds, and what to say about it; '': nothing
     "Bring a number into its bounds, and say so."
     near = min(max(value, low), high)
-    return near, '' if near == value else f'{name} {value:,} is out of range: {near:,} is used ({low:,} to {high:,} are possible).'
+    said = f'{name} {value:,} is out of range: {near:,} is used ({low:,} to {high:,} are possible).'
+    return near, '' if near == value else said
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #b3b47a9a
 def packed(
@@ -196,9 +199,11 @@ def check(self:SamplerSettings):
         if len(text) > longest_prompt:
             raise ValueError(f'The {name} has {len(text):,} characters: {longest_prompt:,} are the most.')
     for name, v, low, high in (('number of pictures', self.n, 1, most_pictures), ('seed', self.seed, 0, last_seed),
-                               ('number of sides', len(self.sides), 0, most_sides), ('number of repeats', self.repeats, 1, 20)):
+                               ('number of sides', len(self.sides), 0, most_sides),
+                               ('number of repeats', self.repeats, 1, 20)):
         if not low <= v <= high: raise ValueError(f'The {name} is {v}: choose {low} to {high:,}.')
-    for name, v, known in (('style', self.style, styles), ('list to avoid', self.avoid, avoided), ('mode', self.mode, modes)):
+    for name, v, known in (('style', self.style, styles), ('list to avoid', self.avoid, avoided),
+                           ('mode', self.mode, modes)):
         if v not in known: raise ValueError(f'There is no {name} called {v!r}: choose one of {", ".join(known)}.')
     if self.count() > most_pictures:
         raise ValueError(f'{len(self.prompts())} prompts with {self.n} pictures each are {self.count()} pictures: '
@@ -232,7 +237,8 @@ def png_info(self:SamplerSettings,
     "What is written into the file of a picture."
     prompt, negative = self.texts(k)
     short = replace(self, picture=_fingerprint(self.picture), mask=_fingerprint(self.mask))
-    begun = {} if self.mode == 'draw' else dict(mode=self.mode, strength=self.strength or usual_strength.get(self.mode, 1.))
+    strength = self.strength or usual_strength.get(self.mode, 1.)
+    begun = {} if self.mode == 'draw' else dict(mode=self.mode, strength=strength)
     info = dict(prompt=prompt, negative_prompt=negative, seed=self.seed + k, **self.sides[side], **begun,
                 software='mdm', settings=json.dumps(asdict(short)))
     return {name: str(v) for name, v in info.items()}
@@ -359,7 +365,8 @@ def png_info(self:Side,
 )->dict[str, str]: # text for a PNG file, by name
     "What is written into the file of a picture. That of a stopped run says after how many steps it was stopped."
     info = self.settings.png_info(k, self.i)
-    if not self.done: info['stopped'] = f'after {self.taken} of {self.total} steps: the clean picture as it was predicted then'
+    if not self.done:
+        info['stopped'] = f'after {self.taken} of {self.total} steps: the clean picture as it was predicted then'
     return info
 
 # %% ../../nbs/4_use/06_widget_state.ipynb #704451f3
@@ -502,4 +509,5 @@ def word_hint(
         near = get_close_matches(w, known, 1, .75)
         parts.append(f'{w} (near: {near[0]})' if near else w)
     if len(words) > 5: parts.append(f'and {len(words) - 5} more')
-    return f'Not in the captions of the training, so without a meaning to this model: {", ".join(parts)}.' if words else ''
+    said = 'Not in the captions of the training, so without a meaning to this model: '
+    return said + ', '.join(parts) + '.' if words else ''
