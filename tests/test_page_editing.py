@@ -67,7 +67,7 @@ def test_large_pictures_are_reduced_and_others_refused(page):
     press(page, 'Draw')
 
 def test_a_dropped_picture_restores_its_settings(page):
-    page.get_by_text('Settings of a picture', exact=True).first.click()
+    page.get_by_text('Restore settings from a picture', exact=True).first.click()
     ask = SamplerSettings('a small <b>green</b> pillar', seed=41, n=2, sides=[dict(checkpoint='shapes', recipe='', steps=7)])
     data = base64.b64encode(png_bytes(Image.new('RGB', (32, 32)), **ask.png_info())).decode()
     drop = """([data, name]) => { const bytes = Uint8Array.from(atob(data), o => o.charCodeAt(0)), transfer = new DataTransfer();
