@@ -24,6 +24,7 @@ from .data.loader import create_dls, create_loader
 from .data.shards import write_folder
 from .data.inspect import inspect_shards, split_shards
 from .data.urls import write_urls
+from .data.parquet import write_parquet
 from .data.embeddings import PrecomputedText, create_encoder_for, embed_shards
 
 # %% ../nbs/5_edges/12_all.ipynb #35b8e5d1
@@ -38,12 +39,14 @@ from .training.distributed import DistributedTrainer, distributed_setup
 from .training.resume import Checkpoints, load_training, save_training
 from .training.learner import MDMLearner, build_model, mdm_learner, output_callbacks
 from .training.distill import distill_learner, distill_recipe, distill_training, load_teacher
+from .training.finetune import finetune_recipe, write_prior
 from .utils.ranks import is_main
 
 # %% ../nbs/5_edges/12_all.ipynb #bd02a521
 from .evaluation.judges import clip_scores, fid_score, frechet_distance
 from .evaluation.losses import level_losses
 from .evaluation.evaluate import EvaluateConfig, compare_runs, evaluate
+from .evaluation.sweep import sweep
 from .reference.checkpoints import load_released
 from .cli.dataset import mdm_dataset
 from .cli.train import mdm_train

@@ -94,7 +94,7 @@ def choose(
     return min(bisect_right(ends, place*ends[-1]), len(ends) - 1)
 
 # %% ../../nbs/0_ground/11_captions.ipynb #8c92fe71
-@config_class
+@config_class(kw_only=True)
 class CaptionConfig:
     "Which caption of a picture to train on, and how to change it."
     caption_key:str|None=None # keys of the .json with captions, such as 'short:1, long:3' ('txt': the .txt); null: the .txt, or else captions or caption

@@ -27,7 +27,10 @@ class Filter:
 
     def __str__(self): return f'{self.name} {self.sign} {self.bound:.12g}'
 
-    def keeps(self, value:float)->bool: # whether a number fulfils the condition; NaN never does
+    def keeps(self,
+        value:float, # the number of a sample
+    )->bool: # NaN never fulfils a condition
+        "Test whether a number fulfils the condition."
         return SIGNS[self.sign](value, self.bound)
 
 # %% ../../nbs/2_data/04_filters.ipynb #000d047c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NUL_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR',
            'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip',
-           'missing_package', 'crop_box', 'explain_kind', 'open_image', 'ByteBudget', 'decoded', 'resize_part',
+           'missing_package', 'explain_kind', 'open_image', 'ByteBudget', 'decoded', 'crop_box', 'resize_part',
            'load_picture', 'usable_captions', 'get_captions', 'get_caption', 'pick_caption', 'EmbeddedCaption',
            'get_embedding', 'name_files', 'stored_scale', 'decode_sample', 'MoreData', 'tar_members', 'split_name',
            'tar_samples', 'read_tar', 'damage_reason', 'count_damage']
@@ -65,19 +65,6 @@ def missing_package(
 )->str: # name for `pip install`; empty: pictures of this kind can be read
     "The package that Pillow lacks for a kind of picture."
     return next((name for name in _load_packages() if ext.lower() in _PACKAGES[name][1]), '')
-
-# %% ../../nbs/2_data/03_samples.ipynb #704f65ac
-def crop_box(
-    picture:tuple[int, int], # (width, height) of a picture
-    size:tuple[int, int], # (width, height) of the wanted picture
-    place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
-)->tuple: # (left, top, right, bottom) in pixels: whole ones where nothing is resized
-    "The largest part of a picture that has the wanted shape."
-    (W, H), (w, h) = picture, size
-    width, height = (W, W*h/w) if W*h <= H*w else (H*w/h, H)
-    number = int if (width, height) == (w, h) else float
-    x, y = (number((n - m)*p) for n, m, p in zip(picture, (width, height), place))
-    return x, y, x + width, y + height
 
 # %% ../../nbs/2_data/03_samples.ipynb #a19822d5
 def explain_kind(
@@ -172,6 +159,19 @@ def decoded(
     with DECODING.hold(12*img.width*img.height):             # pixels of Pillow, their conversion, and an array
         img = to_rgb(_whole(img, data))
         yield img if turn is None else img.transpose(turn), size
+
+# %% ../../nbs/2_data/03_samples.ipynb #704f65ac
+def crop_box(
+    picture:tuple[int, int], # (width, height) of a picture
+    size:tuple[int, int], # (width, height) of the wanted picture
+    place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
+)->tuple: # (left, top, right, bottom) in pixels: whole ones where nothing is resized
+    "The largest part of a picture that has the wanted shape."
+    (W, H), (w, h) = picture, size
+    width, height = (W, W*h/w) if W*h <= H*w else (H*w/h, H)
+    number = int if (width, height) == (w, h) else float
+    x, y = (number((n - m)*p) for n, m, p in zip(picture, (width, height), place))
+    return x, y, x + width, y + height
 
 # %% ../../nbs/2_data/03_samples.ipynb #af358dac
 def _start(at, step):
