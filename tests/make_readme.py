@@ -53,7 +53,7 @@ def llms():
     first = lambda path: re.match(r'# (.*)\n\n> (.*)', text(json.loads((root/'nbs'/path).read_text(encoding='utf-8'))['cells'][0]['source']))
     site = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     _, about = first('index.ipynb').groups()
-    lines = ['# mdm', '', f'> {about}', '', 'Install with `pip install matryoshka-diffusion`; the package is called `mdm`. `from mdm.all import *` gives what a notebook needs. '
+    lines = ['# mdm', '', f'> {about}', '', 'Install with `pip install -e .` in a clone; the package is called `mdm`. `from mdm.all import *` gives what a notebook needs. '
         'Each page below is a Jupyter notebook that explains and exports one module.', '', '- [README](README.md)', '- [How to contribute](CONTRIBUTING.md)', '- [Changes](CHANGELOG.md)']
     for section in (o for o in site if 'section' in o):
         lines += ['', f"## {section['section']}", '']

@@ -369,7 +369,7 @@ def describe_shards(
     embedded = f', {found.embedded:,} with embeddings' if found.embedded else ''
     kinds = ', '.join(f'{n:,} {kind}' for kind, n in found.kinds.most_common()) or 'none'
     lines = [
-        f'{found.shards:,} shards, {found.bytes/1e6:,.1f} MB; '
+        f'{found.shards:,} shard{"s"*(found.shards != 1)}, {found.bytes/1e6:,.1f} MB; '
         f'{found.samples:,} samples, of which {found.usable:,} can be used{embedded}',
         f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}',
         histogram(found.short_sides, 'pixels'),

@@ -112,7 +112,7 @@ _welcome = '''<h2>Pictures from words, drawn from small to large</h2>
 
 _own_model = '''<p>A model of your own, or a released one, is given by name: <code>mdm_app runs/shapes</code> on the command line,
 <code>SamplerWidget('runs/shapes')</code> in a notebook.</p>
-<p>To train one: <code>mdm_dataset shapes data/shapes</code>, then <code>mdm_train shapes "data.files=[data/shapes/*.tar]"</code>.
+<p>To train one: <code>mdm_dataset shapes data/shapes --plain</code>, then <code>mdm_train shapes "data.files=[data/shapes/*.tar]"</code>.
 It takes a few minutes without a GPU; <code>mdm_demo</code> does both and judges the result.</p>'''
 
 _ended = '''<div class="mdm-ended" role="alert"><b>The Python process behind this page has ended.</b>

@@ -481,7 +481,7 @@ def known_words(
     if checkpoint.recipe.text.encoder != 'hash': return None
     stored = (checkpoint.extra.get('training') or {}).get('words')
     if stored: return frozenset(map(str, stored))
-    return shapes_words() if Path(bundled/'shapes') == checkpoint.folder else None
+    return shapes_words() if Path(bundled) in checkpoint.folder.parents else None
 
 @patch
 def words(self:PipelineShelf,
