@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.configs import ShardsConfig
 from ..data.shards import ShardWriter, items_bar
 from ..pipeline import MDMPipeline
-from ..recipe import FinetuneConfig, Recipe, apply_overrides, build_recipe, escaped, recipe_dict
+from ..recipe import FinetuneConfig, Recipe, apply_overrides, build_recipe, recipe_dict, remember_references
 from .distill import named_recipe, plain_start
 
 # %% ../../nbs/3_training/14_finetune.ipynb #7b915f65
