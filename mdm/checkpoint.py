@@ -252,9 +252,12 @@ def verify_files(
     path:str|Path, # a checkpoint, a folder of checkpoints, or a file of weights
 ):
     "Read a checkpoint to its last byte. Raises `ValueError` for a file that is not as it was written."
-    if readable(path).is_dir():
+    folder = readable(path)
+    if folder.is_dir():
+        if (folder/'adapter_config.json').is_file() and not (folder/'state.json').is_file(): return      # peft's: no checksums
         checkpoint = load_checkpoint(path)
         for name in checkpoint.checksums: checkpoint._verify(name)
+        if (checkpoint.folder/'adapter_config.json').is_file(): verify_files(checkpoint.recipe.finetune.checkpoint)
     elif zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as z: bad = z.testzip()

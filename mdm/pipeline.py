@@ -42,6 +42,7 @@ class MDMPipeline:
         bf16:bool|None=None, # compute in bfloat16 where that is safe; None: as in training
     ):
         self.model, self.recipe = model.eval(), recipe
+        self.without_adapters = {}   # changed weights by name, as they were before adapters were added
         self.encoder = encoder or create_text_encoder(recipe.text)
         self.diffusion = Diffusion(recipe.diffusion, model.scales)
         self.bf16 = recipe.train.bf16 if bf16 is None else bf16
@@ -90,15 +91,15 @@ def add_adapter(self:MDMPipeline,
     path:str|Path, # the output folder of a fine-tuning, one of its checkpoints, or a folder that peft wrote
     strength:float=1., # factor of the change: 1 as trained, 0 none, above 1 exaggerates
 )->MDMPipeline: # itself; raises FileNotFoundError or ValueError, and changes nothing then
-    "Add an adapter to the model, beside those that were added before."
+    "Add an adapter to the model, beside those that were added before; a pipeline of `share_pipeline` changes for all."
     before = merge_adapters(self.model, [find_adapter(path, strength)])
-    self.without_adapters = {**before, **getattr(self, 'without_adapters', {})}
+    self.without_adapters = {**before, **self.without_adapters}
     return self
 
 @patch
 def remove_adapters(self:MDMPipeline)->MDMPipeline: # itself
     "Take all adapters out of the model."
-    unmerge_adapters(self.model, getattr(self, 'without_adapters', {}))
+    unmerge_adapters(self.model, self.without_adapters)
     self.without_adapters = {}
     return self
 

@@ -6,9 +6,9 @@
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'FinetuneConfig', 'Recipe', 'RecipeError', 'valid_keys',
            'read_model', 'check_weights', 'check_batch', 'check_text', 'size_unit', 'check_image_size',
            'init_checkpoints', 'check_freeze', 'check_steps', 'check_join', 'check_segments', 'check_dropout',
-           'check_networks', 'check_one_start', 'check_recipe', 'check_numbers', 'read_sections', 'build_recipe',
-           'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml', 'apply_overrides',
-           'shortened', 'remember_references', 'lost_references', 'load_recipe']
+           'check_networks', 'check_averages', 'check_one_start', 'check_recipe', 'check_numbers', 'read_sections',
+           'build_recipe', 'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml',
+           'apply_overrides', 'shortened', 'remember_references', 'lost_references', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
 import json, re, warnings
@@ -335,6 +335,14 @@ def check_networks(
         lines.append(_line('model.inner_from', init_checkpoints(model)[0], 'null: finetune.checkpoint has all the weights'))
     return lines
 
+def check_averages(
+    train:TrainConfig, # the averages that are kept
+    finetune:FinetuneConfig, # whether an adapter learns
+)->list[str]: # lines for `RecipeError`
+    "Averages of any length are made from snapshots of whole models."
+    if not (finetune.rank and train.power_ema): return []
+    return [_line('train.power_ema', train.power_ema, '[] with an adapter (finetune.rank above 0)')]
+
 def check_one_start(
     distill:DistillConfig, # of a student
     finetune:FinetuneConfig, # of a model that learns new pictures
@@ -347,7 +355,7 @@ _between = [(check_weights, 'model', 'diffusion'), (check_batch, 'diffusion', 't
             (check_image_size, 'model', 'data'), (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
             (check_segments, 'distill', 'diffusion'), (check_dropout, 'distill', 'train'),
             (check_join, 'model', 'diffusion', 'sample'), (check_networks, 'model', 'data', 'finetune'),
-            (check_one_start, 'distill', 'finetune')]
+            (check_one_start, 'distill', 'finetune'), (check_averages, 'train', 'finetune')]
 
 def check_recipe(
     **parts, # the model and the other sections by name; None: could not be read

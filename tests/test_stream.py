@@ -51,13 +51,13 @@ def test_counting_from_afar_is_done_once_and_a_manifest_spares_it(web, tmp_path)
     write_shards(web.folder, 5)
     assert [s.count for s in find_shards(files)] == [5, 4] and len(gets()) == 3              # a changed file
     size = (web.folder/'00001.tar').stat().st_size
-    for f in (tmp_path/'cache/mdm/counts').iterdir(): f.unlink()
+    for f in (tmp_path/'cache/mdm/counts-2').iterdir(): f.unlink()
     D._count.cache_clear(), web.requests.clear()
     (web.folder/'manifest.json').write_text('{"format": 1, "shards": {"00000.tar": {"samples": 9, "bytes": 1}, "00001.tar": {"samples": 8, "bytes": %d}}}' % size)
     assert [s.count for s in find_shards(files)] == [5, 8] and gets() == ['/00000.tar']
     D._count.cache_clear()
-    (tmp_path/'cache/mdm/counts').chmod(0o500)
-    [f.write_text('junk') for f in (tmp_path/'cache/mdm/counts').iterdir()]
+    (tmp_path/'cache/mdm/counts-2').chmod(0o500)
+    [f.write_text('junk') for f in (tmp_path/'cache/mdm/counts-2').iterdir()]
     assert [s.count for s in find_shards(files)] == [5, 8]
 
 

@@ -10,7 +10,6 @@ import argparse, os, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from .command import *
-from .command import add_sampling_flags, sampling_wishes
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #34fe92ef
 @contextmanager
@@ -104,6 +103,8 @@ def _sweep_command(
     from mdm.utils.configs import options
     if args.raw or args.ema is not None:
         raise ValueError('--sweep makes averages of its own, so --raw and --ema do not go with it')
+    if args.verify or args.recipe or args.guidance is not None:
+        raise ValueError('--sweep reads snapshots and takes --guidances, so --verify, --recipe and --guidance do not go with it')
     captions, out = args.captions and read_captions(args.captions), Path(args.output or 'sweep')
     config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
     wishes = {k: v for k, v in sampling_wishes(args).items() if v is not None}

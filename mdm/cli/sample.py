@@ -276,7 +276,7 @@ def _sample_command(
     "Load a model, sample, save the pictures, and print where they are."
     prompts, out = _asked(args), Path(args.output)
     from mdm.pipeline import MDMPipeline
-    if args.verify: verify_checkpoints(args.checkpoint, args.guide)
+    if args.verify: verify_checkpoints(args.checkpoint, args.guide, *(read_adapter_wish(o)[0] for o in args.adapter))
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
         device=check_device(args.device))
     for path, strength in map(read_adapter_wish, args.adapter): pipe.add_adapter(path, strength)

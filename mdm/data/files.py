@@ -326,10 +326,11 @@ def find_tars(
         if is_remote(p):
             raise ValueError(f'{redact(p)}: the shards must be on this machine; copy them first: mdm_dataset download')
     found = {}
-    for p in patterns: found.update(dict.fromkeys(_tars_in(os.path.expanduser(p)) or find_files(p)))
-    for f in found:
+    for p in patterns:
+        for f in _tars_in(os.path.expanduser(p)) or find_files(p): found.setdefault(file_identity(f), f)
+    for f in found.values():
         if not is_tar(f): raise ValueError(f'{f} is no tar ({", ".join(TARS)}): name shards, or a folder of them')
-    return [*found]
+    return [*found.values()]
 
 def _tars_in(folder):
     "The tars in a folder; empty when it is no folder. Raises `FileNotFoundError` for a folder without tars."

@@ -7,11 +7,10 @@ __all__ = ['PICTURE_NUMBERS', 'SIGNS', 'SIDED', 'Filter', 'read_filter', 'pictur
            'may_flip', 'flipped']
 
 # %% ../../nbs/2_data/04_filters.ipynb #c25459dd
-import io, json, math, operator, re
+import json, math, operator, re
 from dataclasses import dataclass
 import numpy as np
-from PIL import Image
-from .samples import BAD_PICTURE, NO_PICTURE, PICTURES, Skip
+from .samples import BAD_PICTURE, NO_PICTURE, PICTURES, Skip, explain_kind, name_files, open_image
 
 # %% ../../nbs/2_data/04_filters.ipynb #cd423227
 PICTURE_NUMBERS = dict(                                      # name -> its function of width and height
@@ -50,10 +49,10 @@ def picture_size(
     sample:dict, # bytes by extension
 )->tuple[int, int]: # (width, height) in pixels, of the upright picture
     "Read how large the picture of a sample is. Raises `Skip` when there is none, or none that can be read."
-    data = next((sample[k] for k in PICTURES if k in sample), None)
-    if data is None: raise Skip(NO_PICTURE)
-    try: img = Image.open(io.BytesIO(data))
-    except Exception as e: raise Skip(BAD_PICTURE) from e    # decoders fail in many ways
+    kind = next((k for k in PICTURES if k in sample), None)
+    if kind is None: raise Skip(name_files(NO_PICTURE, sample))
+    try: img = open_image(sample[kind])
+    except Exception as e: raise explain_kind(Skip(BAD_PICTURE), kind) from e                  # decoders fail in many ways
     try: on_its_side = img.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception: on_its_side = False                    # damaged EXIF data turn nothing
     return img.size[::-1] if on_its_side else img.size

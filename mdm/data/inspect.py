@@ -8,7 +8,7 @@ __all__ = ['BAD_NAME', 'FEW', 'ALL', 'read_samples', 'samples_in_manifests', 'sp
            'describe_shards']
 
 # %% ../../nbs/2_data/10_inspect.ipynb #62e3c241
-import hashlib, io, os, random, tarfile
+import hashlib, os, random, tarfile
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ from PIL import Image
 from .configs import SplitConfig
 from .duplicates import BYTES, group_labels, groups, picture_hash
 from .files import find_tars, known_shards, read_manifest
-from .filters import apply_filters, read_filter
-from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, get_captions, load_picture, tar_samples
+from .filters import apply_filters, picture_size, read_filter
+from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, explain_kind, get_captions, load_picture, tar_samples
 from .shards import ShardWriter, key_fraction, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
 from ..utils.configs import changed
 from ..utils.files import stays_inside
@@ -240,8 +240,9 @@ def check_sample(
     captions = [*get_captions(sample, caption_key)]
     kind = next((k for k in PICTURES if k in sample), None)
     if not kind: raise Skip(NO_PICTURE)
-    picture, _ = load_picture(sample[kind], 128)
-    size = Image.open(io.BytesIO(sample[kind])).size
+    try: picture, _ = load_picture(sample[kind], 128)
+    except Skip as e: raise explain_kind(e, kind) from e.__cause__
+    size = picture_size(sample)
     meets = [str(f) for f in filters if _meets(sample, f)]
     return dict(kind=kind, size=size, picture=picture, captions=captions, embedded='emb.npy' in sample, meets=meets)
 

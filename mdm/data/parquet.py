@@ -12,8 +12,9 @@ from pathlib import Path
 from .captions import caption_files
 from .configs import ParquetConfig
 from .files import list_files, parquet_info, parquet_rows, pick_caption_columns, pick_column, row_captions
-from .samples import NO_PICTURE, Skip, usable_captions
-from .shards import ShardWriter, items_bar, make_key, ordered_map, prepare_picture, refuse_empty, result_or_skip
+from .samples import NO_PICTURE, Skip, explain_kind, usable_captions
+from .shards import (ShardWriter, about_picture, items_bar, make_key, ordered_map, prepare_picture, refuse_empty,
+                             result_or_skip)
 from ..utils.configs import changed
 
 # %% ../../nbs/2_data/14_parquet.ipynb #b15e5ead
@@ -48,8 +49,10 @@ def parquet_sample(
     if not data: raise Skip(NO_PICTURE)
     found = row_captions(row, captions)
     found = usable_captions([*found], [*found.values()])
-    ext, data = prepare_picture(data, resize)
-    return {'__key__': key, ext: data, **caption_files(found, more)}
+    try: ext, made = prepare_picture(data, resize)
+    except Skip as e: raise explain_kind(e, more.get('file', '').rpartition('.')[2]) from e.__cause__
+    about, notes = about_picture(data, made)
+    return {'__key__': key, ext: made, **caption_files(found, {**more, **about}), **({'__notes__': notes} if notes else {})}
 
 # %% ../../nbs/2_data/14_parquet.ipynb #2ea14b76
 _ROWS = 32                                                   # rows to read at a time

@@ -204,15 +204,16 @@ def load_picture(
     data:bytes, # a picture file
     size:int|list[tuple[int, int]], # side of the wanted square in pixels; or sizes (width, height): the one that cuts off least
     place:tuple[float, float]=(.5, .5), # where to crop, (across, down): (0, 0) is the top left, (.5, .5) the centre
+    original:int=0, # shorter side in pixels of the picture that this file was made from, where that was larger
 )->tuple[Image.Image, int]: # (RGB picture of that size, `scale`: side in pixels of a square as large as the part of the original that is shown)
     "Decode a picture, turn it upright, crop it and resize it. Raises `Skip` when that cannot be done."
     sizes = [(size, size)] if isinstance(size, int) else size
     try:
-        with decoded(data, 2*max(map(max, sizes))) as (img, original):
+        with decoded(data, 2*max(map(max, sizes))) as (img, whole):
             wanted = nearest_size(img.size, sizes)
             box = crop_box(img.size, wanted, place)
             area = (box[2] - box[0])*(box[3] - box[1])
-            return resize_part(img, box, wanted), round(area**.5*min(original)/min(img.size))
+            return resize_part(img, box, wanted), round(area**.5*max(min(whole), original)/min(img.size))
     except Exception as e: raise Skip(BAD_PICTURE) from e    # decoders fail in many ways
 
 # %% ../../nbs/2_data/03_samples.ipynb #bac147d5
@@ -364,9 +365,9 @@ def decode_sample(
     if embedding:
         caption = EmbeddedCaption(caption)
         caption.embedding = get_embedding(sample, number)
-    try: picture, scale = load_picture(sample[kind], size, place)
+    try: picture, scale = load_picture(sample[kind], size, place, stored_scale(sample))
     except Skip as e: raise explain_kind(e, kind) from e.__cause__
-    return np.asarray(picture), caption, max(scale, stored_scale(sample))
+    return np.asarray(picture), caption, scale
 
 # %% ../../nbs/2_data/03_samples.ipynb #dd4f3f78
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)   # what reading a damaged tar raises
@@ -429,12 +430,14 @@ def split_name(
     return posixpath.join(folder, key), ext.lower()
 
 # %% ../../nbs/2_data/03_samples.ipynb #45f915a0
+_EMBEDDINGS = ('emb.npy', 'embs.npz')   # extensions with a dot in them
+
 def _last_dot(run):
     "Divide a run whose keys have dots in them into runs of its own."
     for key, ext, m in run:
-        front, _, ext = f'{key}.{ext}'.rpartition('.')
-        if front.endswith('.emb') and ext == 'npy': front, ext = front[:-4], 'emb.npy'
-        yield front, ext, m
+        name = f'{key}.{ext}'
+        ext = next((o for o in _EMBEDDINGS if name.endswith('.' + o)), name.rpartition('.')[2])
+        yield name.removesuffix('.' + ext), ext, m
 
 def _runs(members):
     "Lists of (key, extension, `TarInfo`) that follow each other under one key."
@@ -451,7 +454,7 @@ def _runs(members):
 def _grouped(members):
     "Samples of files that follow each other; an extension that comes again begins another sample."
     for run in _runs(members):
-        if all('.' in ext and ext != 'emb.npy' for _, ext, _ in run): run = _last_dot(run)
+        if all('.' in ext and ext not in _EMBEDDINGS for _, ext, _ in run): run = _last_dot(run)
         sample = {}
         for key, ext, m in run:
             if sample and (key != sample['__key__'] or ext in sample):

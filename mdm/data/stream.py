@@ -115,7 +115,7 @@ def _walk(path):
 def _note_file(info):
     "Where the count of a remote tar is kept, or None."
     if not info.remote or not info.tag: return None
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'mdm'/'counts'/info.key
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'mdm'/'counts-2'/info.key
 
 # %% ../../nbs/2_data/05_stream.ipynb #4826b7df
 @lru_cache(maxsize=None)

@@ -8,7 +8,7 @@ __all__ = ['URL_COLUMNS', 'ADDRESS', 'TOO_LARGE', 'SLOW', 'NO_ADDRESS', 'NOT_FOU
            'fetch_chunk', 'url_sample', 'check_network', 'write_urls']
 
 # %% ../../nbs/2_data/11_urls.ipynb #261832f5
-import io, json, os, re, tempfile, threading, time, urllib.parse, urllib.request
+import io, os, re, tempfile, threading, time, urllib.parse, urllib.request
 from collections import deque
 from contextlib import contextmanager
 from hashlib import sha256
@@ -77,7 +77,8 @@ def read_urls(
     path, kind, odd = str(path), index_kind(path), deque()
     if kind != 'parquet' and not column_names(path, kind, quotes=False): return    # an empty file
     names, u, columns = _find_columns(path, kind, url, caption)
-    rows = read_table(path, kind, names, list(dict.fromkeys([u, *columns])), quotes=False,
+    more = ['caption_weights']*(kind == 'parquet' and 'caption_weights' in column_names(path, kind))
+    rows = read_table(path, kind, names, list(dict.fromkeys([u, *columns, *more])), quotes=False,
                       misfits=lambda n, cells, problem: odd.append(_skip(n, problem)))
     for _, row in rows:
         while odd: yield odd.popleft()

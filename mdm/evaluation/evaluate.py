@@ -57,7 +57,7 @@ def _captions_to_draw(pipe, captions, data, config):
     "The captions of the run: those given, or those of the data."
     if not captions:
         captions = chain.from_iterable(
-            o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size, config.limit))
+            o[2] for o in read_pictures(data, pipe.recipe.data.image_size, config.batch_size, config.limit, data=pipe.recipe.data))
     captions = list(captions)[:config.limit]
     if config.fid and len(captions) < 20:
         raise ValueError('FID needs at least 20 drawn pictures, and thousands to mean something; '
@@ -91,7 +91,7 @@ def _measure(pipe, folder, captions, data, config, extractor, clip, progress):
     (rank, world), size = rank_and_world(), pipe.recipe.data.image_size
     share = partial(share_work, folder, rank=rank, world=world)
     key = short_hash(config.fid, config.clip, data, size, config.levels, config.loss_pictures, config.batch_size)
-    def real(what, n=None): return counted(read_pictures(data, size, config.batch_size, n, rank, world), what, progress)
+    def real(what, n=None): return counted(read_pictures(data, size, config.batch_size, n, rank, world, pipe.recipe.data), what, progress)
     def drawn(what):
         blocks = own_blocks(len(captions), config.batch_size, rank, world)
         return counted(((b, load_pictures(folder, b)) for b in blocks), what, progress)

@@ -117,7 +117,7 @@ def read_indexed(
         try:
             for m in tar_members(tar):
                 for caption in wanted.pop(os.path.normpath(m.name), []):
-                    yield {'jpg': tar.extractfile(m).read(), 'txt': caption}
+                    yield {'__key__': os.path.normpath(m.name), 'jpg': tar.extractfile(m).read(), 'txt': caption}
                 if not wanted: return
         finally:
             if wanted: skipped[NOT_IN_TAR] += sum(map(len, wanted.values()))

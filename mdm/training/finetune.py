@@ -15,6 +15,7 @@ from ..data.shards import ShardWriter, items_bar
 from ..pipeline import MDMPipeline
 from ..recipe import FinetuneConfig, Recipe, apply_overrides, build_recipe, recipe_dict, remember_references
 from .distill import named_recipe, plain_start
+from ..utils.references import escaped
 
 # %% ../../nbs/3_training/14_finetune.ipynb #7b915f65
 def _check_start(path, recipe):
@@ -36,9 +37,9 @@ def finetune_recipe(
     values = escaped(recipe_dict(recipe or replace(theirs, finetune=None)))
     values['finetune'] = {**asdict(FinetuneConfig(start)), **(values.get('finetune') or {}), 'checkpoint': escaped(start)}
     if not recipe: _gentler(values, theirs.train, overrides)
-    if files: values['data'] |= dict(files=list(files), weights=None)
-    values, problems = apply_overrides(values, overrides)
-    made = build_recipe(values, f'fine-tuning of {path}', False, problems)
+    if files: values['data'] |= dict(files=escaped(list(files)), weights=None)
+    changed, problems = apply_overrides(values, overrides)
+    made = remember_references(build_recipe(changed, f'fine-tuning of {path}', False, problems), values, overrides)
     if not made.data.files: raise ValueError('name the shards of the new pictures with --data (data.files); '
                                              'mdm_dataset folder makes shards of captioned pictures')
     return made
@@ -47,9 +48,11 @@ def _gentler(values, train, overrides):
     "Change how a model is trained for few new pictures."
     values['train']['steps'] = 400
     wanted = apply_overrides(values, overrides)[0]
-    steps, rank = wanted['train']['steps'], wanted['finetune'].get('rank')
+    part = lambda name: wanted[name] if isinstance(wanted.get(name), dict) else {}
+    steps, rank = part('train').get('steps'), part('finetune').get('rank')
     own = dict(lr=1e-3, optimizer='adamw', betas=[.9, .99], weight_decay=0.) if rank else dict(lr=train.lr/10)
-    values['train'] |= dict(warmup_steps=min(20, steps) if isinstance(steps, int) else 0, lr_schedule='cosine', ema_decay=.98, ema_decays=[], power_ema=[],
+    warmup = min(20, steps) if isinstance(steps, int) else 0
+    values['train'] |= dict(warmup_steps=warmup, lr_schedule='cosine', ema_decay=.98, ema_decays=[], power_ema=[],
                             freeze_inner_steps=0, save_every=200, preview_every=200, output='runs/${name}', **own)
     values |= dict(name=f"{values['name']}-tuned", model=plain_start(values['model']))
     values['data'] |= dict(files=[], weights=None)

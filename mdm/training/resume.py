@@ -270,7 +270,7 @@ class Snapshots(Every):
 
 # %% ../../nbs/3_training/09_resume.ipynb #d4314e4b
 _free = 'steps power_ema_every log_every loggers save_every keep keep_every preview_every preview_prompts max_nonfinite output'
-free_to_change = {'name', 'data.workers', *(f'train.{k}' for k in _free.split())}
+free_to_change = {'name', 'data.workers', 'data.cache', 'data.cache_gb', *(f'train.{k}' for k in _free.split())}
 
 def differences(
     then:Recipe, # of the earlier training
