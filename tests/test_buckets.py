@@ -122,13 +122,13 @@ def before(data, size, place=(.5, .5)):
     return img.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side), reducing_gap=3.), scale
 
 
-def test_squares_keep_their_bits(tmp_path):
+def test_squares_stay_as_they_were(tmp_path):
     rng = np.random.default_rng(0)
     for i, (w, h) in enumerate([(64, 64), (65, 64), (33, 97), (200, 131), (517, 389), (16, 21), (1000, 700)]):
         data = encode(picture(i, (w, h)), **(dict(kind='jpeg') if i % 2 else {}))
         for place in ((.5, .5), tuple(rng.random(2))):
             (new, scale), (old, was) = load_picture(data, 32, place), before(data, 32, place)
-            assert scale == was and type(scale) is int and new.tobytes() == old.tobytes()
+            assert scale == was and type(scale) is int and np.abs(np.asarray(new).astype(int) - np.asarray(old)).max() <= 4   # resized by PyTorch now
     loader = load(write(tmp_path, 12), 4, True)
     next(iter(loader))
     state = loader.state_dict()

@@ -235,10 +235,10 @@ def test_captions_that_cannot_be_read_are_named(tmp_path, name, text, want):
 def test_a_folder_stands_for_its_tars(tmp_path, monkeypatch):
     for n in ('1.tar', '0.tar', 'x.txt', '2.tgz'): (tmp_path/n).write_bytes(b'')
     names = lambda p: [os.path.basename(f) for f in find_tars(p)]
-    assert names(tmp_path) == ['0.tar', '1.tar'] and names([tmp_path/'2.tgz', tmp_path]) == ['2.tgz', '0.tar', '1.tar']
+    assert names(tmp_path) == ['0.tar', '1.tar', '2.tgz'] and names([tmp_path/'2.tgz', tmp_path]) == ['2.tgz', '0.tar', '1.tar']
     assert 'is no tar' in fails(ValueError, find_tars, tmp_path/'x.txt') and '1 missing' in fails(FileNotFoundError, find_tars, tmp_path/'{0..2}.tar')
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert find_tars('~/0.tar') == [str(tmp_path/'0.tar')] and len(find_tars('~')) == 2
+    assert find_tars('~/0.tar') == [str(tmp_path/'0.tar')] and len(find_tars('~')) == 3
 
 
 # --- web servers

@@ -38,7 +38,7 @@ def test_the_first_screen_shows_pictures(page):
     assert page.locator('.mdm-first img').count() == 8
     for text in ('a small red circle in the centre on a white background',)*2:    # the same one twice
         page.get_by_label('Prompt', exact=True).fill('x')
-        page.get_by_role('button', name=text, exact=True).click()
+        page.locator('.mdm-first').get_by_role('button', name=text, exact=True).click()
         page.wait_for_function('o => document.querySelector(".mdm-composer textarea").value == o', arg=text)
     assert page.get_by_label('Seed', exact=True).input_value() == '1' and page.get_by_label('Keep the seed').is_checked()
 

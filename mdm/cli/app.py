@@ -261,6 +261,11 @@ _policy = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connec
            "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'self'")
 _headers = {'Content-Security-Policy': _policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'}
 
+def _log_request(handler):
+    "Log a request, which is seen with --debug."
+    about = handler.get_status(), handler.request.method, handler.request.path, 1000*handler.request.request_time()
+    logging.getLogger('tornado.access').info('%d %s %s %.0f ms', *about)
+
 def server_config(
     host:str, # address to listen on
     port:int, # port to listen on
@@ -269,7 +274,7 @@ def server_config(
 )->dict: # settings of Voila and of the servers below it
     "What the page may do."
     tornado = dict(allow_remote_access=not is_local(host), local_hostnames=['localhost', host],
-                   websocket_max_message_size=2**20, headers=_headers)
+                   websocket_max_message_size=2**20, headers=_headers, log_function=_log_request)
     server = dict(ip=host, port=port, port_retries=0, open_browser=False, log_level='ERROR', tornado_settings=tornado)
     widgets = ['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8', 'anywidget']
     page = dict(template='mdm', strip_sources=True, show_tracebacks=False, file_allowlist=[], extension_allowlist=widgets,

@@ -208,7 +208,8 @@ def _prior_flags(p):
 @_subcommand('prior', 'pictures that a model draws, for fine-tuning',
     'Draw prompts with a model, and make shards of the pictures. Trained on beside new pictures, they keep what the model '
     'knows.',
-    'mdm_dataset prior shapes known.txt data/known', _prior_flags)
+    'mdm_dataset prior shapes known.txt data/known\n'
+    'mdm_dataset prior runs/mine known.txt data/known --seed 100', _prior_flags)
 def _prior(args):
     "Shards of pictures that a model draws."
     from mdm.training.finetune import write_prior

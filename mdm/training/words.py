@@ -6,6 +6,7 @@
 __all__ = ['SeenWords']
 
 # %% ../../nbs/3_training/08_words.ipynb #bdeed213
+import mdm.utils.quiet                                           # before fastai
 from fastai.learner import Callback
 from ..text import split_words
 from .callbacks import callback_order, joined_batch

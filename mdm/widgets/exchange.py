@@ -98,6 +98,8 @@ def read_settings(
         settings = replace(settings, **{o: '' for o in lost})
         notes.append('The picture that sampling began with is not in the file: choose it again.')
     elif settings.mode != 'draw': settings.check()
+    other = [o for o in ('size', 'adapter', 'guide') if o in texts]
+    if other: notes.append(f"It was drawn with {', '.join(f'--{o}' for o in other)} of mdm_sample, which is not possible here.")
     when = texts.get('stopped', '')[:40].split(':')[0]
     if when: notes.append(f'The run was stopped {when}; a new run goes to the end.')
     return settings, ' '.join(notes)
