@@ -7,7 +7,7 @@ from mdm.data.shapes import write_shapes
 from mdm.models.adapters import merge_adapters
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
-from mdm.recipe import DistillConfig, RecipeError, load_recipe
+from mdm.recipe import DistillConfig, RecipeError, load_recipe, recipe_dict
 from mdm.training.finetune import finetune_recipe, write_prior
 from mdm.training.run import run_training
 from tiny_models import same, tiny
@@ -132,3 +132,11 @@ def test_prior_goes_on_after_a_stop(base, tmp_path, monkeypatch):
     assert [o['samples'] for o in whole['shards'].values()] == [5] and whole['complete']
     assert write_prior(base, words, tmp_path/'whole')['shards'] == whole['shards']
     with pytest.raises(FileExistsError): write_prior(base, words[:4], tmp_path/'whole')
+
+def test_the_environment_stays_out_of_the_recipe(base, data, monkeypatch):
+    monkeypatch.setenv('MDM_SECRET', 'hidden place')
+    recipe = finetune_recipe(base, ['train.output=${oc.env:MDM_SECRET}'], data)
+    assert recipe.train.output == 'hidden place' and 'hidden' not in str(recipe_dict(recipe))
+    assert finetune_recipe(base, [], ['we${ird}/a.tar']).data.files == ['we${ird}/a.tar']
+    with pytest.raises(RecipeError, match='train'): finetune_recipe(base, ['train=3'], data)
+    with pytest.raises(RecipeError, match='power_ema'): finetune_recipe(base, ['finetune.rank=4', 'train.power_ema=[0.1]'], data)

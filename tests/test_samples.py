@@ -371,3 +371,9 @@ def test_a_header_damaged_in_the_middle(tmp_path):
     (tmp_path/'x.tar').write_bytes(bytes(raw))
     loader = load([str(tmp_path/'x.tar')])
     assert captions(loader) == names(range(3)) and loader.skipped == {BAD_TAR: 1}
+
+def test_all_embeddings_of_a_dotted_key_belong_to_it():
+    files = [(f'a.{k}.{ext}', b'x') for k in '01' for ext in ('png', 'txt', 'emb.npy', 'embs.npz')]
+    with tarfile.open(fileobj=io.BytesIO(tar_bytes(files))) as tar:
+        found = {s['__key__']: set(s) - {'__key__'} for s in tar_samples(tar)}
+    assert found == {f'a.{k}': {'png', 'txt', 'emb.npy', 'embs.npz'} for k in '01'}
