@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import fields
 
 import numpy as np, pytest
+from PIL import Image
 from data_tools import encode, load, picture, quiet, tar_bytes
 from mdm.cli.dataset import mdm_dataset
 from mdm.data.captions import CaptionConfig, caption_files, choose, edit_caption
@@ -307,3 +308,15 @@ def test_choices_and_edits_depend_on_nothing_else():
     assert [choose([1, 2], 'k', t, 0) for t in range(9)] == [choose([1, 2], 'k', t, 0) for t in range(9)]
     assert CaptionConfig().edits is False and edit_caption('a,b', CaptionConfig()) == 'a,b'
     assert {f.name for f in fields(CaptionConfig)} <= {f.name for f in fields(DataConfig)}
+
+def test_numbers_beside_a_picture_reach_the_filters(tmp_path):
+    (tmp_path/'photos').mkdir()
+    for k, score in enumerate((3, 7)):
+        Image.new('RGB', (40, 40), 'red').save(tmp_path/'photos'/f'{k}.png')
+        (tmp_path/'photos'/f'{k}.json').write_text(json.dumps(dict(caption='a red square', aesthetic=score)))
+    (tmp_path/'photos'/'2.png').write_bytes((tmp_path/'photos'/'1.png').read_bytes())
+    (tmp_path/'photos'/'2.txt').write_text('a red square')
+    (tmp_path/'photos'/'2.json').write_text('{ damaged')
+    write_folder(tmp_path/'photos', tmp_path/'shards')
+    found = inspect_shards([str(tmp_path/'shards'/'*.tar')], 0, filters=['aesthetic > 5'])
+    assert (found.samples, found.left['aesthetic > 5']) == (3, 1)

@@ -455,6 +455,13 @@ def captions_beside(
 # %% ../../nbs/2_data/08_shards.ipynb #8b7c5f72
 UNREADABLE = 'file that cannot be read'
 
+def _facts_beside(path):
+    "What the .json beside a picture says, but for captions: scores for filters and the like."
+    try: found = json.loads(_files_beside(path).get('json', b'{}'))
+    except (OSError, ValueError, RecursionError): return {}
+    if not isinstance(found, dict): return {}
+    return {k: v for k, v in found.items() if k not in ('caption', 'captions', 'caption_weights')}
+
 def folder_sample(
     folder:str|Path, # the folder of pictures
     file:str, # path of a picture in it
@@ -475,7 +482,7 @@ def folder_sample(
     try: ext, made = prepare_picture(data, resize)
     except Skip as e: raise explain_kind(e, file.rsplit('.', 1)[-1]) from e.__cause__
     about, notes = about_picture(data, made)
-    return {'__key__': make_key(file), ext: made, **caption_files(captions, {'file': file, **about}),
+    return {'__key__': make_key(file), ext: made, **caption_files(captions, {**_facts_beside(path), 'file': file, **about}),
             **({'__notes__': notes} if notes else {})}
 
 # %% ../../nbs/2_data/08_shards.ipynb #6f8829ab
