@@ -29,6 +29,18 @@ def tar_bytes(files):
     return f.getvalue()
 
 
+def interrupt(monkeypatch, n):
+    "Make the n-th sample that a run writes end it like Ctrl-C; gives a function that takes this back."
+    from mdm.data import shards
+    real, written = shards.add_sample, []
+    def stop(*args):
+        written.append(1)
+        if len(written) == n: raise KeyboardInterrupt()
+        return real(*args)
+    monkeypatch.setattr(shards, 'add_sample', stop)
+    return lambda: monkeypatch.setattr(shards, 'add_sample', real)
+
+
 def good(i): return [(f'{i:06d}.png', encode(picture(i))), (f'{i:06d}.txt', f'picture {i}'.encode())]
 
 

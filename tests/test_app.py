@@ -1,5 +1,6 @@
 "mdm_app: the page in a real browser, and what a stranger could send to its server."
 import http.client, json, os, shutil, signal, socket, subprocess, sys, time, uuid
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 import psutil, pytest, torch
@@ -76,12 +77,17 @@ def opened(browser, url, **kwargs):
     page.policy = page.goto(url, timeout=ready).headers['content-security-policy']
     return page
 
-@pytest.fixture(scope='module')
-def page(server, browser):
-    page = opened(browser, server.url, viewport=dict(width=1280, height=1400))
+@contextmanager
+def ready_page(browser, server, width, height):
+    "The page of a visitor, when it can be used."
+    page = opened(browser, server.url, viewport=dict(width=width, height=height))
     page.get_by_text('Ready').wait_for(timeout=ready)
     yield page
     page.context.close()
+
+@pytest.fixture(scope='module')
+def page(server, browser):
+    with ready_page(browser, server, 1280, 1400) as page: yield page
 
 def kernel_of(page): return next(u for u in page.requests if u.startswith('ws') and '/channels' in u).split('/api/kernels/')[1].split('/')[0]
 def press(page, name): page.get_by_role('button', name=name, exact=True).click()

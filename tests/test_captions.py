@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import numpy as np, pytest
 from PIL import Image
-from data_tools import encode, load, picture, quiet, tar_bytes
+from data_tools import encode, interrupt, load, picture, quiet, tar_bytes
 from mdm.cli.dataset import mdm_dataset
 from mdm.data.captions import CaptionConfig, caption_files, choose, edit_caption
 from mdm.data.embeddings import embed_shards
@@ -274,18 +274,11 @@ def test_parquet_files_with_pictures(tmp_path, capsys):
 
 def test_a_run_over_parquet_files_goes_on_after_a_stop(tmp_path, monkeypatch):
     pa = pytest.importorskip('pyarrow'); pq = pytest.importorskip('pyarrow.parquet')
-    from mdm.data import shards
     for k in range(3): pq.write_table(pa.table({'image': [encode(picture(5*k + i)) for i in range(5)], 'text': [f'picture {5*k + i}' for i in range(5)]}), tmp_path/f'{k}.parquet')
     write_parquet(tmp_path/'*.parquet', tmp_path/'whole', per_shard=3)
-    real, n = shards.add_sample, 0
-    def stop(*args):
-        nonlocal n
-        n += 1
-        if n == 11: raise KeyboardInterrupt()
-        return real(*args)
-    monkeypatch.setattr(shards, 'add_sample', stop)
+    go_on = interrupt(monkeypatch, 11)
     with pytest.raises(KeyboardInterrupt): write_parquet(tmp_path/'*.parquet', tmp_path/'out', per_shard=3)
-    monkeypatch.setattr(shards, 'add_sample', real)
+    go_on()
     write_parquet(tmp_path/'*.parquet', tmp_path/'out', per_shard=3)
     for p in (tmp_path/'whole').iterdir(): assert (tmp_path/'out'/p.name).read_bytes() == p.read_bytes(), p.name
 

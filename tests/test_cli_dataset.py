@@ -4,6 +4,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
 from PIL import Image
+from data_tools import interrupt
 from mdm.cli import dataset as cli_dataset
 from mdm.cli.dataset import mdm_dataset
 from mdm.data import configs, shards
@@ -105,13 +106,7 @@ def test_folder_mistakes(tmp_path, refused):
 
 def test_ctrl_c(tmp_path, call, monkeypatch):
     "It says how to go on, and goes on"
-    real, n = shards.add_sample, 0
-    def stop(*args):
-        nonlocal n
-        n += 1
-        if n == 15: raise KeyboardInterrupt()
-        return real(*args)
-    monkeypatch.setattr(shards, 'add_sample', stop)
+    interrupt(monkeypatch, 15)
     args = 'folder', put(tmp_path/'in', 25), tmp_path/'out', '--per-shard', 10
     code, _, err = call(*args)
     assert code == 130 and 'run the same command again to go on' in err and names(tmp_path/'out') == ['manifest.json', 'pictures-000000.tar', 'skipped.tsv']

@@ -4,21 +4,13 @@ import numpy as np, pytest
 from PIL import Image
 from mdm.utils.pictures import png_bytes
 from mdm.widgets.state import SamplerSettings
-from test_app import Server, browser, finish, folder, opened, press, ready
+from test_app import browser, finish, folder, press
+from test_page_look import page, server
 
-@pytest.fixture(scope='module')
-def server(folder):
-    s = Server(folder, 'shapes', '--visitors', '1')
-    yield s
-    assert s.stop() == 0
-
-@pytest.fixture(scope='module')
-def page(server, browser):
-    page = opened(browser, server.url, viewport=dict(width=1400, height=1500))
+@pytest.fixture(autouse=True)
+def tall(page):
+    page.set_viewport_size(dict(width=1400, height=1500))
     page.set_default_timeout(60_000)
-    page.get_by_text('Ready').wait_for(timeout=ready)
-    yield page
-    page.context.close()
 
 def choose(page, k, name, data): page.locator('.mdm-drop input').nth(k).set_input_files(dict(name=name, mimeType='image/png', buffer=data))
 

@@ -1,6 +1,6 @@
 "mdm_app in a real browser: how the page looks and behaves. The server and the browser are those of test_app."
 import psutil, pytest
-from test_app import Server, browser, finish, folder, opened, press, ready, start, status
+from test_app import Server, browser, finish, folder, press, ready_page, start, status
 
 @pytest.fixture(scope='module')
 def server(folder):
@@ -10,10 +10,7 @@ def server(folder):
 
 @pytest.fixture(scope='module')
 def page(server, browser):
-    page = opened(browser, server.url, viewport=dict(width=1400, height=900))
-    page.get_by_text('Ready').wait_for(timeout=ready)
-    yield page
-    page.context.close()
+    with ready_page(browser, server, 1400, 900) as page: yield page
 
 def place(page, name):
     "x, y, width and height, measured at once: a picture is replaced several times a second."

@@ -15,15 +15,9 @@ from mdm.widgets.drawing import film, film_pictures, labelled_sheet, mp4_bytes
 from mdm.widgets.editing import EditPanel, SettingsDrop, decode_picture
 from mdm.widgets.exchange import as_command, as_python, how_again, read_settings, result_files, results_zip
 from mdm.widgets.fields import FileDrop, checked_int
+from tiny_models import pipe
 from mdm.widgets.state import (PipelineShelf, SamplerRun, SamplerSettings, Side, grid_sides, known_words, most_text, packed, path_moments,
     shapes_words, unpacked, walk_together, word_hint)
-
-@pytest.fixture(scope='module')
-def pipe():
-    torch.set_num_threads(1); torch.manual_seed(0)
-    recipe = load_recipe('shapes', ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]',
-        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'model.inner.num_text_layers=0', 'text.dim=16', 'train.bf16=false', 'sample.steps=6'])
-    return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
 
 @pytest.fixture(scope='module')
 def shapes(): torch.set_num_threads(1); return MDMPipeline.from_pretrained('shapes', device='cpu')

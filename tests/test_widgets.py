@@ -17,15 +17,9 @@ from mdm.widgets.state import SamplerSettings, Side, avoided, path_bytes, styles
 from mdm.utils.files import bundled
 from mdm.utils.pictures import png_bytes
 from mdm.utils.configs import options
+from tiny_models import pipe
 
 evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
-
-@pytest.fixture(scope='module')
-def pipe():
-    torch.set_num_threads(1); torch.manual_seed(0)
-    recipe = load_recipe('shapes', ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]',
-        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'model.inner.num_text_layers=0', 'text.dim=16', 'train.bf16=false', 'sample.steps=6'])
-    return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
 
 def ready(pipe, **kwargs):
     w = SamplerWidget(pipe, every=0., **kwargs); w.wait(60)

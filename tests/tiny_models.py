@@ -3,6 +3,7 @@ import pytest, torch
 from mdm.data.loader import create_dls
 from mdm.data.shapes import write_shapes
 from mdm.models.nested_unet import create_model
+from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
 from mdm.training.learner import mdm_learner
 
@@ -23,6 +24,13 @@ def model(recipe):
 def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+@pytest.fixture(scope='module')
+def pipe():
+    torch.set_num_threads(1); torch.manual_seed(0)
+    recipe = load_recipe('shapes', ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]',
+        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'model.inner.num_text_layers=0', 'text.dim=16', 'train.bf16=false', 'sample.steps=6'])
+    return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
 
 # ---- a learner
 

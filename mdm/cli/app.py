@@ -414,6 +414,7 @@ def page_server(
             super().listen()
     return PageServer(config=Config(config))
 
+# %% ../../nbs/5_edges/11_app.ipynb #c7451601
 def _serve_page(
     folder:str|Path, # of `write_page`
     notebook:Path, # in it

@@ -68,6 +68,10 @@ def _tars_in(folder):
     "A pattern for the shards in a folder, quoted for the shell."
     return shlex.quote(f'{folder}/*.tar')
 
+def _add_settings(p, cls, skip=()):
+    add_config_flags(p, cls, skip=[*skip, *(f.name for f in fields(ShardsConfig))], own=None)
+    _add_sizes(p)
+
 def _add_sizes(p):
     "The flags that say when a shard is full."
     add_config_flags(p, ShardsConfig, skip=('name',), own=None)
@@ -106,8 +110,7 @@ def _report(manifest, folder, args, command, more=''):
 def _folder_flags(p):
     p.add_argument('pictures', metavar='PICTURES', help='the folder of pictures')
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
-    add_config_flags(p, FolderConfig, skip=[f.name for f in fields(ShardsConfig)], own=None)
-    _add_sizes(p)
+    _add_settings(p, FolderConfig)
 
 @_subcommand('folder', 'a folder of captioned pictures',
     'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, '
@@ -129,8 +132,7 @@ def _folder(args):
 def _urls_flags(p):
     p.add_argument('index', metavar='INDEX', help='the list')
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
-    add_config_flags(p, UrlsConfig, skip=('chunk', *(f.name for f in fields(ShardsConfig))), own=None)
-    _add_sizes(p)
+    _add_settings(p, UrlsConfig, ['chunk'])
 
 @_subcommand('urls', 'a list of addresses and captions',
     "Shards from a list of addresses and captions, such as CC12M's: a table with tabs (.tsv, .txt), with commas (.csv) "
@@ -149,8 +151,7 @@ def _urls(args):
 def _parquet_flags(p):
     p.add_argument('files', metavar='FILE', nargs='+', help='parquet files, with braces and wildcards, or folders of them')
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the shards go; made if it is not there')
-    add_config_flags(p, ParquetConfig, skip=[f.name for f in fields(ShardsConfig)], own=None)
-    _add_sizes(p)
+    _add_settings(p, ParquetConfig)
 
 @_subcommand('parquet', 'parquet files that hold the pictures',
     'Shards from parquet files with the bytes of pictures in one column and captions in another, as data sets of the '
@@ -212,20 +213,20 @@ def _prior_flags(p):
     'mdm_dataset prior runs/mine known.txt data/known --seed 100', _prior_flags)
 def _prior(args):
     "Shards of pictures that a model draws."
+    from mdm.data.files import read_captions
     from mdm.training.finetune import write_prior
     from mdm.utils.configs import changed
-    lines = [o.strip() for o in Path(args.prompts).read_text(encoding='utf-8').splitlines()]
     config = changed(ShardsConfig(), 'prior', **_given(args, ShardsConfig))
-    manifest = write_prior(args.model, [o for o in lines if o], args.folder, args.seed, config, _command_line(args), bar=True)
-    command = f"mdm_train --from {shlex.quote(args.model)} --data NEW {_tars_in(args.folder)} data.weights=[1,1] finetune.rank=8"
-    _report(manifest, args.folder, args, command)
+    prompts, line = read_captions(args.prompts), _command_line(args)
+    manifest = write_prior(args.model, prompts, args.folder, args.seed, config, line, bar=True)
+    _report(manifest, args.folder, args, f'mdm_train --from {shlex.quote(args.model)} --data NEW {_tars_in(args.folder)} '
+            'data.weights=[1,1] finetune.rank=8')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #fdac974d
 def _split_flags(p):
     _add_files(p)
     p.add_argument('--output', metavar='FOLDER', required=True, help='where the new shards go')
-    add_config_flags(p, SplitConfig, skip=[f.name for f in fields(ShardsConfig)], own=None)
-    _add_sizes(p)
+    _add_settings(p, SplitConfig)
 
 @_subcommand('split', 'keep some pictures for validation',
     'Divide shards into FOLDER/train and FOLDER/valid. A hash of its key decides where a sample goes: it stays there '
@@ -287,6 +288,7 @@ def _inspect_flags(p):
              'times. Training applies conditions with data.filters')
     add_config_flags(p, FolderConfig, skip=[f.name for f in fields(FolderConfig) if f.name != 'workers'], own=None)
 
+# %% ../../nbs/5_edges/05_dataset.ipynb #4ddde201
 def _list_duplicates(args, path):
     "Write the pictures that look the same as a table; returns its path."
     from mdm.data.files import find_tars
@@ -299,6 +301,7 @@ def _list_duplicates(args, path):
     print(f'{n:,} pictures look like another one, in {many:,} groups' + '; split --duplicates keeps each group on one side'*bool(n))
     return path
 
+# %% ../../nbs/5_edges/05_dataset.ipynb #4ddde202
 @_subcommand('inspect', 'look into shards',
     'Read shards as training does, and report what is in them: counts, sizes of pictures, lengths of captions, and all '
     'that cannot be used. Writes sheet.png (some pictures with their captions), bad.tsv and counts.json.',

@@ -450,9 +450,12 @@ def reading_copy(
     copy, # path of a copy on this machine; None: there is none
 ): # a context
     "Let `open_file` read a copy in place of a remote file."
+    before = _copies.get(path)
     if copy: _copies[path] = copy
     try: yield
-    finally: _copies.pop(path, None)
+    finally:
+        if before: _copies[path] = before
+        else: _copies.pop(path, None)
 
 def open_file(
     path, # path or address

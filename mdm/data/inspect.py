@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
+from .captions import key_fraction
 from .configs import SplitConfig
 from .duplicates import BYTES, group_labels, groups, picture_hash
 from .files import find_tars, known_shards, read_manifest
 from .filters import apply_filters, picture_size, read_filter
 from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, explain_kind, get_captions, load_picture, tar_samples
-from .shards import ShardWriter, key_fraction, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
+from .shards import ShardWriter, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
 from ..utils.configs import changed
 from ..utils.files import stays_inside
 from ..utils.pictures import contact_sheet

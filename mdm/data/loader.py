@@ -187,6 +187,7 @@ def _dry_sources(self:PictureLoader, place):
         dry |= {k for k, n in enumerate(reader['barren']) if n >= data.counts[k]}
     return [data.config.files[k] for k in sorted(dry)]
 
+# %% ../../nbs/2_data/06_loader.ipynb #55e64901
 @patch
 def __iter__(self:PictureLoader):
     "One epoch, or the rest of one. Raises `ValueError` at its end when it had too few usable pictures."

@@ -47,8 +47,7 @@ def parquet_sample(
         if data.get('path'): more = {'file': str(data['path'])}
         data = data.get('bytes')
     if not data: raise Skip(NO_PICTURE)
-    found = row_captions(row, captions)
-    found = usable_captions([*found], [*found.values()])
+    found = usable_captions(row_captions(row, captions))
     try: ext, made = prepare_picture(data, resize)
     except Skip as e: raise explain_kind(e, more.get('file', '').rpartition('.')[2]) from e.__cause__
     about, notes = about_picture(data, made)

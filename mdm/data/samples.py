@@ -231,10 +231,11 @@ def _json_of(data):
 
 # %% ../../nbs/2_data/03_samples.ipynb #a3791d54
 def usable_captions(
-    value, # a text, or a list of texts; whatever is no text is left out
+    value, # a text, a list of texts, or texts with their weights; whatever is no text is left out
     weights:list|None=None, # a number above 0 for each of the list; None: all alike
 )->dict[str, float]: # caption -> weight; at least one
     "The captions in a value that training can use, with their weights. Raises `Skip` when there is none."
+    if isinstance(value, dict): value, weights = [*value], [*value.values()]
     captions, reason = caption_weights(value, weights), NO_CAPTION
     for text in [*captions]:
         try: text.encode('utf-8')                            # JSON can hold half of a character, which is no text

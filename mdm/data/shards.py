@@ -6,8 +6,8 @@
 __all__ = ['REPORT', 'KEPT_FORMATS', 'BAD_PROFILE', 'PICTURE_FILES', 'NOT_THERE', 'ORPHAN', 'LINKED_FOLDER', 'DEAD_LINK',
            'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_TABLES', 'CAPTION_FILES', 'UNREADABLE', 'PACKED',
            'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture', 'about_picture', 'make_key',
-           'key_fraction', 'normalize_path', 'list_folder', 'ordered_map', 'items_bar', 'result_or_skip',
-           'read_metadata', 'captions_beside', 'folder_sample', 'refuse_empty', 'write_folder']
+           'normalize_path', 'misfit', 'list_folder', 'ordered_map', 'items_bar', 'result_or_skip', 'read_metadata',
+           'captions_beside', 'folder_sample', 'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/08_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, re, tarfile, unicodedata
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from .configs import FolderConfig, ShardsConfig
-from .captions import caption_files, parse_shares
+from .captions import caption_files, key_fraction, parse_shares
 from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_column, read_manifest, read_table,
                             row_captions)
 from .samples import (BAD_PICTURE, PICTURES, Skip, decoded, explain_kind, get_caption, get_captions, load_picture,
@@ -245,14 +245,6 @@ def make_key(
     words = re.sub('[^0-9A-Za-z]+', '_', plain)[-43:].strip('_') or 'picture'
     return f'{words}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}'
 
-# %% ../../nbs/2_data/08_shards.ipynb #a2a63a15
-def key_fraction(
-    key:str, # of a sample
-)->float: # at least 0, below 1
-    "A number that is computed from a key by a hash, and is evenly distributed over all keys."
-    digest = hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
-    return int.from_bytes(digest[:8], 'big')/2**64
-
 # %% ../../nbs/2_data/08_shards.ipynb #98924762
 def normalize_path(
     file:str, # a path
@@ -323,7 +315,9 @@ def _no_pictures(folder, files):
     return FileNotFoundError(f"{folder} holds no pictures ({', '.join(PICTURE_FILES)}), nor do the folders below it{found}")
 
 # %% ../../nbs/2_data/08_shards.ipynb #601e3fc8
-def _misfit(problem):
+def misfit(
+    problem:str, # what is wrong with the row, with its line
+)->Skip: # with the problem as its cause
     "A `Skip` for a row that does not fit its table."
     skip = Skip(MISFIT)
     skip.__cause__ = ValueError(problem)
@@ -344,7 +338,7 @@ def _add_tables(captions, folder, files, file_column=None, caption_column=None):
     for path, several in named.items(): captions[path] = several if path in files else Skip(NOT_THERE)
     for table, n, path, problem in odd:
         alone = path in captions and captions[path] is None
-        captions[path if alone else f'{table}, line {n}'] = _misfit(f'{table}, {problem}')
+        captions[path if alone else f'{table}, line {n}'] = misfit(f'{table}, {problem}')
 
 # %% ../../nbs/2_data/08_shards.ipynb #a9ad28a3
 def list_folder(
@@ -476,7 +470,6 @@ def folder_sample(
     try:
         data = path.read_bytes()
         if text is None: captions = captions_beside(path, key, lines)
-        elif isinstance(text, dict): captions = usable_captions([*text], [*text.values()])
         else: captions = usable_captions(text)
     except OSError as e: raise Skip(UNREADABLE) from e
     try: ext, made = prepare_picture(data, resize)

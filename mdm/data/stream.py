@@ -337,6 +337,7 @@ def share(self:PictureStream,
     unit = self.batch_size if self.sizes and self.endless else 1               # a reader makes whole batches of one size
     return at + self.size//unit*k//n*unit, at + self.size//unit*(k+1)//n*unit
 
+# %% ../../nbs/2_data/05_stream.ipynb #fc22c801
 @patch
 def bookmark(self:PictureStream,
     worker:int, # number of a worker of this process
@@ -401,6 +402,7 @@ def _cached(self:PictureStream, shard):
         stack.enter_context(reading_copy(shard.tar, copy))
         yield info.key if copy else None
 
+# %% ../../nbs/2_data/05_stream.ipynb #b24b7101
 @patch
 def _piece(self:PictureStream, shard, start, stop, turn, needed):
     "One item for each sample of a piece. The first one that is missing gives the reasons."

@@ -17,10 +17,10 @@ from pathlib import Path
 from urllib.response import addinfourl
 from .configs import UrlsConfig
 from .captions import caption_files
-from .files import (CAPTION_COLUMNS, MISFIT, column_names, pick_caption_columns, pick_column, read_table,
+from .files import (CAPTION_COLUMNS, column_names, pick_caption_columns, pick_column, read_table,
                             row_captions)
 from .samples import Skip, usable_captions
-from .shards import ShardWriter, about_picture, ordered_map, prepare_picture, items_bar, refuse_empty, result_or_skip
+from .shards import ShardWriter, about_picture, items_bar, misfit, ordered_map, prepare_picture, refuse_empty, result_or_skip
 from ..utils.configs import changed
 
 # %% ../../nbs/2_data/11_urls.ipynb #c26fb858
@@ -63,10 +63,8 @@ def _find_columns(path, kind, url, caption):
 
 # %% ../../nbs/2_data/11_urls.ipynb #7c224023
 def _skip(line, problem):
-    "A `Skip` for a row that does not fit."
-    skip = Skip(MISFIT)
-    skip.__cause__ = ValueError(problem)
-    return f'line {line}', skip
+    "What `read_urls` gives for a row that does not fit."
+    return f'line {line}', misfit(problem)
 
 def read_urls(
     path:str|Path, # the list: .tsv, .csv or .parquet
@@ -259,7 +257,7 @@ def url_sample(
     for o in (caption, data):
         if isinstance(o, Skip): raise o
     ext, picture = prepare_picture(data, resize)
-    captions = usable_captions(caption) if isinstance(caption, str) else usable_captions([*caption], [*caption.values()])
+    captions = usable_captions(caption)
     about, notes = about_picture(data, picture)
     return {'__key__': f'{number:09d}', ext: picture, **caption_files(captions, {'url': url, **about}),
             **({'__notes__': notes} if notes else {})}

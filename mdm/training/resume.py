@@ -96,6 +96,7 @@ def _counters(learn):
         logged=log and log.logged,
         seconds=log and (time.perf_counter() - log.start if hasattr(log, 'start') else log.elapsed))
 
+# %% ../../nbs/3_training/09_resume.ipynb #24cc1701
 def trained_state(
     model:nn.Module, # plain, sharded, or wrapped by `DistributedDataParallel`
 )->dict[str, Tensor]: # by name in rank 0, nothing in the others
@@ -108,6 +109,7 @@ def _power_states(learn):
     power = getattr(learn, 'power_averages', None)
     return {f'power_{w}': trained_state(a.module) for w, a in power.averages.items()} if power else {}
 
+# %% ../../nbs/3_training/09_resume.ipynb #24cc1702
 @peer_errors()
 def save_training(
     learn, # a `Learner` with `steps`, `recipe` and the callbacks of the callbacks notebook

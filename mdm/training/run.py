@@ -313,22 +313,23 @@ class _NoiseEncoder(TextEncoder):
 
 class _NoiseBatches(DataLoader):
     "Batches of random pictures with empty captions."
-    def __init__(self, batches, bs, size):
+    def __init__(self, batches, bs, sizes):
         super().__init__([], bs=bs)
-        self.batches, self.size = batches, size
+        self.batches, self.sizes = batches, sizes
     def __len__(self): return self.batches
     def __iter__(self):
-        for _ in range(self.batches):
-            pictures = torch.randint(256, (self.bs, 3, self.size, self.size), dtype=torch.uint8)
-            yield pictures, ['']*self.bs, {'scale': torch.full((self.bs,), float(self.size))}
+        for k in range(self.batches):
+            width, height = self.sizes[k % len(self.sizes)]
+            pictures = torch.randint(256, (self.bs, 3, height, width), dtype=torch.uint8)
+            yield pictures, ['']*self.bs, {'scale': torch.full((self.bs,), (width*height)**.5)}
 
 def random_data(
     recipe:Recipe, # for the sizes of batches, pictures and embeddings
     n:int, # batches per epoch
 )->tuple[DataLoaders, TextEncoder]: # random pictures, and random embeddings for any prompts
     "Loaders and a text encoder that need no files."
-    b = recipe.train.batch_size
-    dls = DataLoaders(_NoiseBatches(n, b, recipe.data.image_size), DataLoader([], bs=b), device=default_device())
+    b, sizes = recipe.train.batch_size, recipe.data.sizes or [(recipe.data.image_size,)*2]
+    dls = DataLoaders(_NoiseBatches(n, b, sizes), DataLoader([], bs=b), device=default_device())
     return dls, _NoiseEncoder(recipe.text, encoder_width(recipe.text))
 
 # %% ../../nbs/3_training/11_run.ipynb #b8fbfb36

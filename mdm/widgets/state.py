@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from ..data.shapes import shapes_captions
 from ..diffusion.sampler import Given, Step, for_img2img, for_inpaint, for_upscale
-from ..pipeline import MDMPipeline
+from ..pipeline import MDMPipeline, paint_mask
 from ..checkpoint import load_checkpoint
 from ..recipe import Recipe
 from ..text import split_words
@@ -188,7 +188,7 @@ def given(self:SamplerSettings,
     strength = usual_strength[self.mode] if self.strength is None else self.strength
     picture = from_pil(pipe.fitting(picture))
     if self.mode == 'change': return for_img2img(picture, scales, strength)
-    white = from_pil(pipe.fitting(unpacked(self.mask, 'mask'), 'the mask')).mean(1, keepdim=True)
+    white = paint_mask(pipe.fitting(unpacked(self.mask, 'mask'), 'the mask'))
     return for_inpaint(picture, white, scales, strength, self.repeats)
 
 # %% ../../nbs/4_use/07_widget_state.ipynb #cacff300
