@@ -161,6 +161,11 @@ def test_validation(data, tmp_path, call):
     code, _, err = call(mdm_train, 'shapes', *tiny, 'train.steps=16', 'train.save_every=100', '--data', *data, '--valid', tmp_path/'valid'/'*.tar', '--output', tmp_path/'run')
     assert code == 0 and re.search(r'step 8: validation loss \d\.\d{4}', err)
 
+def test_a_validation_at_the_end_adds_no_line_to_the_log(data, tmp_path, call):
+    write_shapes(tmp_path/'valid', 6, held_out=True)
+    code, _, err = call(mdm_train, 'shapes', *tiny, 'train.steps=5', '--data', *data, '--valid', tmp_path/'valid'/'*.tar', '--output', tmp_path/'run')
+    assert code == 0 and [o.split(',')[0] for o in (tmp_path/'run'/'log.csv').read_text().splitlines()] == ['step', '2', '4', '5'] and ' 0 pictures/s' not in err
+
 def test_warnings_are_one_line(data, tmp_path, call):
     with tarfile.open(tmp_path/'odd.tar', 'w') as tar:
         for name, content in [('a.png', b'no picture'), ('a.txt', b'caption')]:

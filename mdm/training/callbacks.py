@@ -511,7 +511,7 @@ def before_fit(self:StepLog):
 @patch
 def after_fit(self:StepLog):
     if self.bar: self.bar.close()
-    if not self.rows or self.learn.steps == self.logged: return       # no step since the last line
+    if not self.rows or self.last.get('step') == self.learn.steps: return       # no step since the last line
     try: self.write()
     except OSError as e: warnings.warn(f'{self.what} could not be written ({e})')
 
