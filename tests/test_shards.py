@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, webdataset
 from PIL import Image
 from tqdm import tqdm
+from mdm.data.captions import key_fraction
 from mdm.data import samples as S_samples, shards as S
 from mdm.data.configs import ShardsConfig
 from mdm.data.files import find_tars, read_manifest

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.response import addinfourl
 from .configs import UrlsConfig
 from .captions import caption_files
-from .files import (CAPTION_COLUMNS, column_names, pick_caption_columns, pick_column, read_table,
+from .files import (CAPTION_COLUMNS, MISFIT, column_names, pick_caption_columns, pick_column, read_table,
                             row_captions)
 from .samples import Skip, usable_captions
 from .shards import ShardWriter, about_picture, items_bar, misfit, ordered_map, prepare_picture, refuse_empty, result_or_skip
