@@ -16,7 +16,7 @@ help:
 	@echo 'make export  notebooks -> mdm/, README.md, llms.txt; settings.ini -> pyproject.toml; clean the notebooks'
 	@echo 'make docs    the site, into _docs/ (with Quarto where it is installed, else a preview of it)'
 	@echo 'make setup   only the set-up, in .venv'
-	@echo 'make browser install Chromium where no browser is found; the tests of the page drive it'
+	@echo 'make browser install Chromium and an emoji font where they are not found; tests need them'
 	@echo 'make clean   remove caches and what was built; .venv, demo/ and runs/ stay'
 
 setup: $(SETUP)
@@ -26,7 +26,7 @@ $(SETUP): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PINS) -e '.[dev]'
 	@touch $@
 
-# Found on PATH, or downloaded by Playwright, or the system's package, or a last line that says what to install.
+# Found, or downloaded by Playwright, or the system's packages, or a last line that says what to install.
 browser: $(SETUP)
 	@$(BIN)/python tests/browser.py
 
