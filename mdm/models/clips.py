@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_tiles', 'from_tiles', 'ClipScale', 'scale_frames', 'ClipUNetConfig', 'Rotary', 'FrameAttention',
-           'TemporalAttention', 'ClipLevel', 'over_frames', 'ClipUNet', 'split_clips', 'join_clips']
+           'TemporalAttention', 'ClipLevel', 'over_frames', 'ClipUNet', 'split_clips', 'join_clips', 'for_animate']
 
 # %% ../../nbs/1_model/12_clips.ipynb #3ce3b617
 import torch
@@ -323,3 +323,19 @@ def denoise(self:ClipUNet,
     if features is not None: features = split_clips(features, self.config.frames)
     (out, *inner), h = UNet.denoise(self, x, t, text, micros, features)
     return [join_clips(out, len(x[0])), *inner], join_clips(h, len(x[0]))
+
+# %% ../../nbs/1_model/12_clips.ipynb #73f66864
+def for_animate(
+    first:Tensor, # first frames [B or 1,3,H,W] in [-1,1], as large as those of the highest resolution
+    scales:list[int], # of the model
+)->Given: # for `sample_steps`; raises ValueError for a model that draws pictures
+    "Give the first frame of clips to all networks."
+    if scale_frames(scales[0]) == 1: raise ValueError('this model draws pictures, not clips: there is nothing to animate')
+    pictures, free, pixels = [], [], scales[0].pixels
+    for scale in scales:
+        frames, own = scale_frames(scale), getattr(scale, 'pixels', scale)
+        if own < pixels: first, pixels = F.avg_pool2d(first, pixels//own), own
+        later = torch.arange(frames).view(1, frames, 1, 1, 1) > 0
+        pictures.append(to_tiles(first[:, None].expand(-1, frames, -1, -1, -1)))
+        free.append(to_tiles(later.expand(1, frames, 1, *first.shape[2:])))
+    return Given(pictures, free)
