@@ -1,8 +1,10 @@
 "Networks of clips: what the notebook does not show."
-import copy, pickle, random
+import copy, pickle
 import pytest, torch
+from PIL import Image
 from torch import nn
-from mdm.checkpoint import load_inner, load_model, save_checkpoint
+from mdm.checkpoint import load_model, save_checkpoint
+from mdm.cli.sample import mdm_sample
 from mdm.diffusion.objective import Diffusion, DiffusionConfig, pyramid
 from mdm.diffusion.sampler import for_inpaint, sample
 from mdm.diffusion.settings import SampleConfig
@@ -10,8 +12,12 @@ from mdm.models.adapters import adapter_config, add_adapter, choose_layers
 from mdm.models.clips import ClipScale, ClipUNet, ClipUNetConfig, TemporalAttention, for_animate, from_tiles, to_tiles
 from mdm.models.nested_unet import NestedUNet, NestedUNetConfig, create_model, model_scales
 from mdm.models.unet import UNetConfig
+from mdm.pipeline import MDMPipeline
 from mdm.recipe import RecipeError, build_recipe, load_recipe, recipe_dict, save_recipe
+from mdm.training.callbacks import Previews
+from mdm.training.learner import build_model, grown_networks, mdm_learner
 from mdm.training.optimizers import Muon
+from mdm.training.run import random_data
 from mdm.utils.configs import ConfigError, violations
 
 shape = dict(num_resnets=[1, 1, 1], time_dim=16, num_groups=4)
@@ -176,7 +182,6 @@ def test_a_picture_model_becomes_the_innermost_network(recipe, tmp_path):
     trained = lively(create_model(alone.model, 8))
     path = save_checkpoint(tmp_path/'pictures', alone, trained.state_dict())
     clips = load_recipe('moving_shapes', [*tiny, f'model.inner.inner_from={path}'])
-    from mdm.training.learner import build_model, grown_networks
     model = build_model(clips, 8).eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     words = torch.randn(2, 4, 8)
@@ -230,3 +235,52 @@ def test_sampling_options_work_on_clips(nets, options):
     _, _, words, mask = batch(model)
     drawn = sample(model, d, 32, words, mask, words[:, :2]*0, config=SampleConfig(steps=3, **options))
     assert [o.shape[-1] for o in drawn] == [32, 16, 8] and all(o.isfinite().all() for o in drawn)
+
+# ---- the pipeline, training and commands
+
+@pytest.fixture(scope='module')
+def pipe(recipe):
+    torch.manual_seed(0)
+    return MDMPipeline(create_model(recipe.model, 8), recipe, device='cpu')
+
+def test_training_steps_previews_and_samples(recipe, tmp_path):
+    "Two steps on random clips, a sheet of previews that plays, and a checkpoint from which mdm_sample draws."
+    r = load_recipe('moving_shapes', [*tiny, f'train.output={tmp_path/"run"}', 'train.batch_size=2', 'train.steps=2', 'train.warmup_steps=0', 'train.preview_every=2', 'train.save_every=2', 'train.compile=false'])
+    dls, encoder = random_data(r, 2)
+    pictures = next(iter(dls.train))[0]
+    assert pictures.shape == (2, 3, 32, 32)
+    learn = mdm_learner(dls, r, encoder=encoder)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit_steps(2)
+    moved = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {'down_blocks.0.resample.weight', 'down_blocks.2.t_attn.0.up_conv.weight', 'inner_unet.down_blocks.0.t_attn.0.up_conv.weight', 'in_adapter.weight'} <= moved and not any('freqs' in k for k in moved)
+    drawn = MDMPipeline(learn.model, r, device='cpu')
+    previews = Previews(lambda: drawn, ['a red circle moves', 'a blue ring stays'], tmp_path/'p', 1)
+    previews.learn = learn
+    previews.act()
+    assert sorted(p.suffix for p in (tmp_path/'p').iterdir()) == ['.gif', '.png']
+    folder = save_checkpoint(tmp_path/'c', r, learn.model.state_dict())
+    assert mdm_sample([str(folder), 'a red circle moves', '--n', '2', '--output', str(tmp_path/'out'), '--steps', '1', '--every-resolution', '--device', 'cpu']) == 0
+    names = sorted(p.relative_to(tmp_path/'out').as_posix() for p in (tmp_path/'out').rglob('*.*'))
+    assert '0001.png' in names and '0001.gif' in names and '0001/000_seed0.gif' in names and '0001/000_seed0_4x8px.gif' in names and '0001/001_seed1_8px.png' in names
+    assert Image.open(tmp_path/'out'/'0001'/'000_seed0.png').text['prompt'] == 'a red circle moves'
+    first = tmp_path/'first.png'
+    Image.new('RGB', (8, 8), 'red').save(first)
+    assert mdm_sample([str(folder), 'a red circle moves', '--n', '1', '--animate', str(first), '--film', 'webp', '--output', str(tmp_path/'one.png'), '--steps', '1', '--device', 'cpu']) == 0
+    film = Image.open(tmp_path/'one.webp')
+    assert film.n_frames > 1 and (tmp_path/'one.png').exists()
+
+def test_pipeline_gives_clips(pipe):
+    drawn = pipe('a red circle', n=3, batch_size=2, every_resolution=True, steps=1)
+    assert [[type(o).__name__ for o in level] for level in drawn] == [['Clip']*3, ['Clip']*3, ['Image']*3] and [len(drawn[0][0]), len(drawn[1][0])] == [16, 4]
+    alone = pipe('a red circle', n=1, seed=2, steps=1)[0]
+    assert all(list(a.getdata()) == list(b.getdata()) for a, b in zip(alone.frames, drawn[0][2].frames))
+    wide = pipe('a red circle', n=1, size='16x8', steps=1)[0]
+    assert wide.size == (16, 8)
+    with pytest.raises(ValueError, match='the nearest size is 16x8'): pipe('a', size='17x7')
+
+def test_a_given_first_frame_is_drawn(pipe):
+    first = Image.new('RGB', (8, 8), (255, 127, 3))
+    for options in (dict(steps=2), dict(steps=2, solver='ddpm'), dict(steps=2, guidance=2.)):
+        clip = pipe.animate(first, 'it moves', n=1, **options)[0]
+        assert set(clip.frames[0].getdata()) == {(255, 127, 3)} and set(clip.frames[5].getdata()) != {(255, 127, 3)}
