@@ -274,7 +274,7 @@ def test_pipeline_gives_clips(pipe):
     drawn = pipe('a red circle', n=3, batch_size=2, every_resolution=True, steps=1)
     assert [[type(o).__name__ for o in level] for level in drawn] == [['Clip']*3, ['Clip']*3, ['Image']*3] and [len(drawn[0][0]), len(drawn[1][0])] == [16, 4]
     alone = pipe('a red circle', n=1, seed=2, steps=1)[0]
-    assert all(list(a.getdata()) == list(b.getdata()) for a, b in zip(alone.frames, drawn[0][2].frames))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(alone.frames, drawn[0][2].frames))
     wide = pipe('a red circle', n=1, size='16x8', steps=1)[0]
     assert wide.size == (16, 8)
     with pytest.raises(ValueError, match='the nearest size is 16x8'): pipe('a', size='17x7')
@@ -283,4 +283,4 @@ def test_a_given_first_frame_is_drawn(pipe):
     first = Image.new('RGB', (8, 8), (255, 127, 3))
     for options in (dict(steps=2), dict(steps=2, solver='ddpm'), dict(steps=2, guidance=2.)):
         clip = pipe.animate(first, 'it moves', n=1, **options)[0]
-        assert set(clip.frames[0].getdata()) == {(255, 127, 3)} and set(clip.frames[5].getdata()) != {(255, 127, 3)}
+        assert clip.frames[0].tobytes() == first.tobytes() != clip.frames[5].tobytes()

@@ -174,7 +174,7 @@ def attend_briefly(
     num_heads:int, # heads; divides C
 )->Tensor: # weighted means of the values [N,F,C]
     "Compute multi-head attention in many short sequences."
-    if q.device.type != 'cpu' or q.shape[1] > 64: return attend(q, k, v, num_heads)
+    if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or q.shape[1] > 64: return attend(q, k, v, num_heads)
     q, k, v = (rearrange(o, 'n f (h d) -> (n h) f d', h=num_heads) for o in (q, k, v))
     weights = torch.softmax(q@k.mT*q.shape[-1]**-.5, -1)
     return rearrange(weights@v, '(n h) f d -> n f (h d)', h=num_heads)
