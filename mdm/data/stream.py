@@ -40,7 +40,8 @@ class DataConfig(CaptionConfig):
     "Which pictures to read, and how."
     files:list[str] = field(default_factory=list) # tars, local or remote; braces `{0..6}.tar` and wildcards `*.tar` stand for many
     weights:list[float]|None=None # share of each entry of `files` in the training; None: every picture equally often
-    image_size:int=64 # side of the pictures in a batch, in pixels
+    image_size:int=64 # side of the pictures in a batch, or of the frames of its clips, in pixels
+    frames:int=1 # frames of a clip, a square number such as 4 or 16, which batches hold as tiles of one picture; 1: pictures
     crop:Literal['center','random']='center' # which square of an oblong picture to keep
     epoch_size:int|None=None # pictures per epoch, over all processes; None: one pass over all of them
     filters:list[str] = field(default_factory=list) # conditions that a sample must meet, such as `side >= 256` or `aesthetic > 5` (a number in its .json)
@@ -64,6 +65,9 @@ class DataConfig(CaptionConfig):
              'change the captions: stored embeddings are those of the captions as they are (see mdm_dataset embed)'),
             *self._filter_rules(),
             (self.image_size < 1, 'image_size', 'a number above 0'),
+            (self.frames < 1 or math.isqrt(self.frames)**2 != self.frames, 'frames',
+             'a square number, such as 4 or 16, so that the frames tile a square; or 1 for pictures'),
+            (self.frames > 1 and bool(self.buckets), 'buckets', '[]: with {place}.frames above 1, all clips have one size'),
             (self.workers < 0, 'workers', '0 or more'),
             (self.shuffle < 0, 'shuffle', '0 or more'),
             (self.shuffle_mb <= 0, 'shuffle_mb', 'a number above 0'),
@@ -77,6 +81,12 @@ class DataConfig(CaptionConfig):
         for text in self.filters:
             try: read_filter(text)
             except ValueError as e: yield True, 'filters', f'conditions; {e}'
+
+# %% ../../nbs/2_data/05_stream.ipynb #8629e2a0
+@patch(as_prop=True)
+def side(self:DataConfig)->int: # in pixels
+    "The side of the pictures in a batch: `image_size`, or for clips the side of the tiling."
+    return self.image_size*math.isqrt(self.frames)
 
 # %% ../../nbs/2_data/05_stream.ipynb #06c7d456
 @patch(as_prop=True)
