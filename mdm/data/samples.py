@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
 from .captions import CaptionConfig, caption_weights, choose, edit_caption, merge_captions, parse_shares
-from .clips import STILL, VIDEOS, Clip, ClipError, is_clip_file, open_animation, open_numbered, open_video
+from .clips import ANIMATIONS, STILL, VIDEOS, Clip, ClipError, is_clip_file, open_animation, open_numbered, open_video
 from .files import open_file
 from ..models.clips import to_tiles
 from ..utils.pictures import to_rgb
@@ -384,7 +384,8 @@ def open_clip(
     if kind is None: raise Skip(name_files(NO_PICTURE, sample))
     try:
         if kind in VIDEOS: return open_video(sample[kind])
-        if kind != 'frames': return open_animation(open_image(sample[kind]))
+        if kind in ANIMATIONS: return open_animation(open_image(sample[kind]))
+        if kind != 'frames': raise ClipError(STILL)
         names = sorted((k for k in sample if is_clip_file(k)), key=lambda k: int(k.split('.')[0]))
         return open_numbered([sample[k] for k in names], _frame_rate(sample, rate or 1.), open_image)
     except ClipError as e: raise Skip(str(e)) from e.__cause__
