@@ -96,7 +96,9 @@ def summary(
     "What is in a folder of shards, and what was left out."
     shards, skipped = manifest['shards'].values(), sorted(manifest['skipped'].items(), key=lambda o: -o[1])
     pictures, megabytes = sum(o['samples'] for o in shards), sum(o['bytes'] for o in shards)/1e6
-    text = f"{len(shards):,} shard{'s'*(len(shards) != 1)} with {pictures:,} pictures in {folder}, {megabytes:,.1f} MB, {seconds:.1f} s"
+    settings = manifest.get('settings', {})
+    what = 'clips' if settings.get('clips') or settings.get('kind') == 'moving_shapes' else 'pictures'
+    text = f"{len(shards):,} shard{'s'*(len(shards) != 1)} with {pictures:,} {what} in {folder}, {megabytes:,.1f} MB, {seconds:.1f} s"
     for note, n in manifest.get('notes', {}).items(): text += f'; {n:,} x {note}'
     if not skipped: return text + '.'
     reasons = ', '.join(f'{n:,} x {reason}' for reason, n in skipped)
@@ -117,10 +119,12 @@ def _folder_flags(p):
     'cat.txt or cat.caption), or in tables metadata or captions (.jsonl, .csv, .tsv, .parquet) with the columns file_name '
     'and text. A picture that is named several times has several captions, and training uses each in its turn. Pictures '
     'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
-    'skipped.tsv. The same command packs pictures that were added to the folder since into further shards.',
+    'skipped.tsv. The same command packs pictures that were added to the folder since into further shards. With --clips, '
+    'it packs videos (.mp4, .mov, .webm, .mkv) and animated pictures instead.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
-    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'", _folder_flags)
+    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'\n"
+    'mdm_dataset folder videos data/clips --clips', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
@@ -166,16 +170,33 @@ def _parquet(args):
     _report(manifest, args.output, args, f'mdm_dataset inspect {_tars_in(args.output)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #c75b5a4c
-def _shapes_flags(p):
+def _drawing_flags(p, what, n, size):
+    "The flags of sets that are drawn on the spot."
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
-    p.add_argument('--n', type=int, default=16_000, help='number of pictures (%(default)s)')
-    p.add_argument('--size', type=int, default=32, help='side of a picture in pixels, at least 16 (%(default)s)')
-    p.add_argument('--seed', type=at_least(0), default=0, help='another seed gives other pictures (%(default)s)')
+    p.add_argument('--n', type=int, default=n, help=f'number of {what}s (%(default)s)')
+    p.add_argument('--size', type=int, default=size, help='side of a picture in pixels, at least 16 (%(default)s)')
+    p.add_argument('--seed', type=at_least(0), default=0, help=f'another seed gives other {what}s (%(default)s)')
     p.add_argument('--held-out', action='store_true',
         help='only combinations that training never sees, instead of only those that it does see')
     p.add_argument('--plain', action='store_true',
-        help='captions that name all five attributes, and drawings that vary half as much: learnt in fewer steps')
+        help='captions that name all attributes, and drawings that vary half as much: learnt in fewer steps')
     _add_sizes(p)
+
+def _write_drawings(args, kind, what, sample, **settings):
+    "Write shards of samples that are drawn on the spot; `sample(i)` draws one."
+    if args.n < 1 or args.size < 16:
+        raise ValueError(f'--n {args.n} --size {args.size}: at least 1 {what} and 16 pixels are needed')
+    from mdm.data.shards import ShardWriter, items_bar
+    from mdm.utils.configs import changed
+    settings = dict(kind=kind, n=args.n, size=args.size, seed=args.seed, held_out=args.held_out, plain=args.plain, **settings)
+    config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': kind})
+    with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
+        for i in items_bar(range(writer.position, args.n), f'{what}s', args.n, done=writer.position):
+            writer.add(i, sample(i))
+    _report(writer.manifest, args.folder, args, f'mdm_train {kind} --data {_tars_in(args.folder)}')
+
+# %% ../../nbs/5_edges/05_dataset.ipynb #ad34f995
+def _shapes_flags(p): _drawing_flags(p, 'picture', 16_000, 32)
 
 @_subcommand('shapes', 'shapes on plain backgrounds, drawn on the spot',
     'Draw captioned pictures of one plain shape each: colour, shape, size, position and background, in several wordings. '
@@ -185,18 +206,24 @@ def _shapes_flags(p):
     'mdm_dataset shapes data/test --n 500 --held-out', _shapes_flags)
 def _shapes(args):
     "Shards of drawn shapes."
-    if args.n < 1 or args.size < 16:
-        raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
     from mdm.data.shapes import shape_sample
-    from mdm.data.shards import ShardWriter, items_bar
-    from mdm.utils.configs import changed
-    settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out,
-        plain=args.plain)
-    config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': 'shapes'})
-    with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
-        for i in items_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
-            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out, args.plain))
-    _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
+    _write_drawings(args, 'shapes', 'picture', lambda i: shape_sample(i, args.size, args.seed, args.held_out, args.plain))
+
+# %% ../../nbs/5_edges/05_dataset.ipynb #f49214d7
+def _moving_flags(p):
+    _drawing_flags(p, 'clip', 4000, 16)
+    p.add_argument('--frames', type=at_least(2), default=16, help='frames of a clip, a square number (%(default)s)')
+
+@_subcommand('moving_shapes', 'clips of shapes that move, drawn on the spot',
+    'Draw captioned clips of one plain shape each, which moves to a side, grows, shrinks, turns or stays still on a plain '
+    'background, in several wordings. One combination of colour, shape and background in ten is held out of training.',
+    'mdm_dataset moving_shapes data/moving\nmdm_dataset moving_shapes data/large --n 20000 --size 32\n'
+    'mdm_dataset moving_shapes data/test --n 200 --held-out', _moving_flags)
+def _moving_shapes(args):
+    "Shards of drawn clips."
+    from mdm.data.moving_shapes import clip_sample
+    sample = lambda i: clip_sample(i, args.frames, args.size, args.seed, args.held_out, args.plain)
+    _write_drawings(args, 'moving_shapes', 'clip', sample, frames=args.frames)
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #46556bed
 def _emoji_flags(p):

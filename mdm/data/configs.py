@@ -31,7 +31,10 @@ class FolderConfig(PicturesConfig):
     caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
+    clips: bool = False # pack videos, and animated GIF, WebP and PNG files, instead of pictures
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
+
+    def rules(self): return [(self.clips and self.resize is not None, 'resize', 'null: clips keep their size')]
 
 # %% ../../nbs/2_data/07_configs.ipynb #e327a766
 @config_class

@@ -10,7 +10,7 @@ __all__ = ['PICTURE_NUMBERS', 'SIGNS', 'SIDED', 'Filter', 'read_filter', 'pictur
 import json, math, operator, re
 from dataclasses import dataclass
 import numpy as np
-from .samples import BAD_PICTURE, NO_PICTURE, PICTURES, Skip, explain_kind, name_files, open_image
+from .samples import BAD_PICTURE, NO_PICTURE, PICTURES, Skip, explain_kind, open_clip, open_image
 
 # %% ../../nbs/2_data/04_filters.ipynb #cd423227
 PICTURE_NUMBERS = dict(                                      # name -> its function of width and height
@@ -50,7 +50,7 @@ def picture_size(
 )->tuple[int, int]: # (width, height) in pixels, of the upright picture
     "Read how large the picture of a sample is. Raises `Skip` when there is none, or none that can be read."
     kind = next((k for k in PICTURES if k in sample), None)
-    if kind is None: raise Skip(name_files(NO_PICTURE, sample))
+    if kind is None: return open_clip(sample).size
     try: img = open_image(sample[kind])
     except Exception as e: raise explain_kind(Skip(BAD_PICTURE), kind) from e                  # decoders fail in many ways
     try: on_its_side = img.getexif().get(0x0112) in (5, 6, 7, 8)

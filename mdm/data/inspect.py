@@ -18,12 +18,15 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .captions import key_fraction
+from .clips import film_strip
 from .configs import SplitConfig
 from .duplicates import BYTES, group_labels, groups, picture_hash
 from .files import find_tars, known_shards, read_manifest
 from .filters import apply_filters, picture_size, read_filter
-from .samples import NO_PICTURE, PICTURES, TAR_ERRORS, Skip, damage_reason, explain_kind, get_captions, load_picture, tar_samples
+from .samples import (NO_PICTURE, PICTURES, TAR_ERRORS, ClipPlan, Skip, clip_kind, damage_reason, explain_kind,
+                              get_captions, load_clip, load_picture, open_clip, tar_samples)
 from .shards import ShardWriter, ordered_map, items_bar, refuse_empty, result_or_skip, skip_cause
+from ..models.clips import from_tiles
 from ..utils.configs import changed
 from ..utils.files import stays_inside
 from ..utils.pictures import contact_sheet
@@ -236,16 +239,27 @@ def check_sample(
     sample:dict, # `__key__` and bytes by extension
     caption_key:str|None=None, # where captions are, as for `get_captions`
     filters:list=(), # of `Filter`s
-)->dict: # `kind` (extension of the picture), `size` (width, height), `picture` (128 pixels), `captions`, whether it is `embedded`, which filters it `meets`
+)->dict: # `kind` (extension of the picture, or as from `clip_kind`), `size` (width, height), `picture` (128 pixels), `frames`, `captions`, whether it is `embedded`, which filters it `meets`
     "Read one sample as training does. Raises `Skip` when training would skip it."
     captions = [*get_captions(sample, caption_key)]
-    kind = next((k for k in PICTURES if k in sample), None)
+    kind = next((k for k in PICTURES if k in sample), clip_kind(sample))
     if not kind: raise Skip(NO_PICTURE)
-    try: picture, _ = load_picture(sample[kind], 128)
+    try: picture, frames = _look_at_clip(sample, kind) or (load_picture(sample[kind], 128)[0], 1)
     except Skip as e: raise explain_kind(e, kind) from e.__cause__
     size = picture_size(sample)
     meets = [str(f) for f in filters if _meets(sample, f)]
-    return dict(kind=kind, size=size, picture=picture, captions=captions, embedded='emb.npy' in sample, meets=meets)
+    return dict(kind=kind, size=size, picture=picture, frames=frames, captions=captions, embedded='emb.npy' in sample,
+                meets=meets)
+
+def _look_at_clip(sample, kind):
+    "(strip of up to four frames of 128 pixels, number of frames) of a clip; None for a still picture."
+    try: clip = open_clip(sample)
+    except Skip:
+        if kind in PICTURES: return None                     # a still one, or one that `load_picture` refuses as well
+        raise
+    n = 4 if len(clip) >= 4 else 1
+    tiles, _ = load_clip(sample, 128, ClipPlan(n))
+    return film_strip([Image.fromarray(o.transpose(1, 2, 0)) for o in from_tiles(tiles.transpose(2, 0, 1), n)]), len(clip)
 
 def _meets(sample, filter):
     "Does a sample meet a condition?"
@@ -263,7 +277,8 @@ class Inspection:
     embedded: int = 0 # usable samples with text embeddings
     filters: list = field(default_factory=list) # of `Filter`s, as in `data.filters`
     left: Counter = field(default_factory=Counter) # condition, or 'all of them' -> usable samples that meet it
-    kinds: Counter = field(default_factory=Counter) # extension of the picture -> samples
+    kinds: Counter = field(default_factory=Counter) # extension of the picture or video -> samples
+    frames: Counter = field(default_factory=Counter) # number of frames -> clips
     short_sides: Counter = field(default_factory=Counter) # shorter side of the picture in pixels -> samples
     lengths: Counter = field(default_factory=Counter) # characters of a caption -> captions
     captions: Counter = field(default_factory=Counter) # captions of a sample -> samples
@@ -294,6 +309,7 @@ def add(self:Inspection,
     self.left.update(found['meets'])
     self.left[ALL] += len(found['meets']) == len(self.filters)
     self.kinds[found['kind']] += 1
+    if found['frames'] > 1: self.frames[found['frames']] += 1
     self.short_sides[min(found['size'])] += 1
     self.lengths.update(map(len, found['captions']))
     self.captions[len(found['captions'])] += 1
@@ -324,7 +340,8 @@ def sheet(self:Inspection)->Image.Image|None:
 def counts(self:Inspection)->dict:
     "All numbers, fit for a JSON file."
     names = ('shards', 'bytes', 'samples', 'usable', 'embedded', 'kinds', 'short_sides', 'lengths', 'captions', 'repeated')
-    return {name: getattr(self, name) for name in names} | ({'left': self.left} if self.filters else {})
+    more = ({'frames': self.frames} if self.frames else {}) | ({'left': self.left} if self.filters else {})
+    return {name: getattr(self, name) for name in names} | more
 
 # %% ../../nbs/2_data/10_inspect.ipynb #5f54d9ae
 def inspect_shards(
@@ -376,6 +393,7 @@ def describe_shards(
         f'pictures: {kinds}; shorter sides of {_range(found.short_sides, "pixels")}',
         histogram(found.short_sides, 'pixels'),
         f'captions: {_range(found.lengths, "characters")}{_several(found.captions)}', histogram(found.lengths, 'characters')]
+    if found.frames: lines.insert(2, f'clips: {found.frames.total():,}, of {_range(found.frames, "frames")}')
     if found.filters: lines += ['filters would leave:', *_left(found)]
     if found.bad:
         reasons = Counter(reason for _, _, reason, _ in found.bad)

@@ -14,13 +14,16 @@ from collections import Counter, deque
 from copy import deepcopy
 from dataclasses import replace
 import torch
+from PIL import Image
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.torch_core import default_device, to_device
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
+from .clips import film_strip
 from .files import redact
 from .stream import DataConfig, PictureStream, find_shards
+from ..models.clips import from_tiles
 from ..utils.configs import changed
 from ..utils.pictures import contact_sheet
 from ..utils.ranks import rank_and_world
@@ -237,13 +240,20 @@ def one_batch(self:PictureLoader): # the next batch
 @patch
 def show_batch(self:PictureLoader,
     b=None, # a batch; None: `one_batch()`
-    max_n:int=12, # pictures at most
-    columns:int=6, # pictures side by side
+    max_n:int=12, # pictures or clips at most
+    columns:int|None=None, # pictures side by side; None: 6, and 2 for clips
     **kwargs, # for `contact_sheet`
 ): # a PIL picture
-    "Pictures and captions of a batch on one sheet."
+    "Pictures and captions of a batch on one sheet; of a clip, up to 8 frames."
     imgs, captions, _ = b or self.one_batch()
-    return contact_sheet(imgs[:max_n], captions[:max_n], columns=columns, **kwargs)
+    imgs, frames = imgs[:max_n].cpu(), self.dataset.config.frames
+    if frames > 1: imgs, kwargs = [_strip(o, frames) for o in imgs], {'cell': 384, **kwargs}
+    return contact_sheet(imgs, captions[:max_n], columns=columns or (2 if frames > 1 else 6), **kwargs)
+
+def _strip(tiles, frames):
+    "Frames of a clip [3,nH,nW] side by side, every second or fourth one when there are many."
+    shown = from_tiles(tiles, frames)[::-(-frames//8)]
+    return film_strip([Image.fromarray(o.permute(1, 2, 0).numpy()) for o in shown])
 
 # %% ../../nbs/2_data/06_loader.ipynb #c025152e
 def _without_samples(config, shards):

@@ -7,8 +7,9 @@ __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NUL_CAPTIO
            'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip',
            'missing_package', 'explain_kind', 'open_image', 'ByteBudget', 'decoded', 'crop_box', 'resize_part',
            'load_picture', 'usable_captions', 'get_captions', 'get_caption', 'pick_caption', 'EmbeddedCaption',
-           'get_embedding', 'name_files', 'stored_scale', 'decode_sample', 'MoreData', 'tar_members', 'split_name',
-           'tar_samples', 'read_tar', 'damage_reason', 'count_damage']
+           'get_embedding', 'name_files', 'stored_scale', 'ClipPlan', 'clip_kind', 'open_clip', 'load_clip',
+           'decode_sample', 'MoreData', 'tar_members', 'split_name', 'tar_samples', 'read_tar', 'damage_reason',
+           'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
 import copy, io, json, lzma, os, posixpath, random, re, tarfile, threading, zipfile, zlib
@@ -18,11 +19,14 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from itertools import chain, islice, repeat
+from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
 from .captions import CaptionConfig, caption_weights, choose, edit_caption, merge_captions, parse_shares
+from .clips import ANIMATIONS, STILL, VIDEOS, Clip, ClipError, is_clip_file, open_animation, open_numbered, open_video
 from .files import open_file
+from ..models.clips import to_tiles
 from ..utils.pictures import to_rgb
 from ..utils.sizes import nearest_size
 
@@ -349,6 +353,66 @@ def stored_scale(
     return min(sides) if all(isinstance(o, int) and o > 0 for o in sides) else 0
 
 # %% ../../nbs/2_data/03_samples.ipynb #a2991dbd
+class ClipPlan(NamedTuple):
+    "Which frames of a clip to take."
+    frames: int = 1         # how many, a square number; 1: the first one, as a picture
+    rate: float|None = None # frames a second; None: evenly over the whole clip
+    start: float = 0.       # where to begin, 0 to 1, as for `choose_frames`
+
+def clip_kind(
+    sample:dict, # bytes by extension
+)->str|None: # extension of a video, 'frames' of numbered frames, or extension of a picture, which may be an animation
+    "The kind of a sample's clip; None: there is none, and no picture."
+    if kind := next((k for k in VIDEOS if k in sample), None): return kind
+    if any(map(is_clip_file, sample)): return 'frames'
+    return next((k for k in PICTURES if k in sample), None)
+
+# %% ../../nbs/2_data/03_samples.ipynb #6915a70d
+def _frame_rate(sample, otherwise):
+    "Frames a second of numbered frames."
+    if b'"frame_rate"' not in sample.get('json', b''): return otherwise
+    try: rate = float(json.loads(sample['json'])['frame_rate'])
+    except (ValueError, TypeError, KeyError, RecursionError): return otherwise
+    return rate if rate > 0 else otherwise
+
+def open_clip(
+    sample:dict, # bytes by extension
+    rate:float|None=None, # frames a second of numbered frames that do not say it; None: 1
+)->Clip: # from which frames can be taken
+    "Open the clip of a sample. Raises `Skip` when there is none, or none that can be used."
+    kind = clip_kind(sample)
+    if kind is None: raise Skip(name_files(NO_PICTURE, sample))
+    try:
+        if kind in VIDEOS: return open_video(sample[kind])
+        if kind in ANIMATIONS: return open_animation(open_image(sample[kind]))
+        if kind != 'frames': raise ClipError(STILL)
+        names = sorted((k for k in sample if is_clip_file(k)), key=lambda k: int(k.split('.')[0]))
+        return open_numbered([sample[k] for k in names], _frame_rate(sample, rate or 1.), open_image)
+    except ClipError as e: raise Skip(str(e)) from e.__cause__
+    except Exception as e: raise explain_kind(Skip(BAD_PICTURE), kind) from e      # decoders fail in many ways
+
+# %% ../../nbs/2_data/03_samples.ipynb #6ce5a48c
+def load_clip(
+    sample:dict, # bytes by extension
+    size:int|list[tuple[int, int]], # side of a frame in pixels; or sizes (width, height): the one that cuts off least
+    plan:ClipPlan, # which frames
+    place:tuple[float, float]=(.5, .5), # where to crop, the same in all frames, as for `load_picture`
+)->tuple[np.ndarray, int]: # (uint8 [n*height,n*width,3], the frames as tiles; scale as of `load_picture`)
+    "Decode a clip, crop its frames and resize them. Raises `Skip` when it cannot be used."
+    clip, sizes = open_clip(sample, plan.rate), [(size, size)] if isinstance(size, int) else size
+    (width, height), tiles = clip.size, []
+    try:
+        with DECODING.hold(12*width*height):
+            for frame in clip.frames(plan.frames, plan.rate, plan.start):
+                wanted = nearest_size(frame.size, sizes)
+                box = crop_box(frame.size, wanted, place)
+                tiles.append(np.asarray(resize_part(frame, box, wanted)))
+                area, short = (box[2] - box[0])*(box[3] - box[1]), min(frame.size)
+    except ClipError as e: raise Skip(str(e)) from e.__cause__
+    tiled = to_tiles(np.stack(tiles).transpose(0, 3, 1, 2)).transpose(1, 2, 0)
+    return np.ascontiguousarray(tiled), round(area**.5*max(short, stored_scale(sample))/short)
+
+# %% ../../nbs/2_data/03_samples.ipynb #66112f0b
 def decode_sample(
     sample:dict, # bytes by extension
     size:int|list[tuple[int, int]], # side of the wanted square in pixels, or sizes, as for `load_picture`
@@ -356,16 +420,20 @@ def decode_sample(
     embedding:bool=False, # the caption gets its text embedding
     captions:CaptionConfig|None=None, # as for `pick_caption`
     seed:int|None=None, # as for `pick_caption`
+    clip:ClipPlan|None=None, # which frames of a clip to take; None: pictures
 )->tuple[np.ndarray, str, int]: # (uint8 [height,width,3], caption, scale as of `load_picture`)
     "Decode a sample. Raises `Skip` when it cannot be used."
     if embedding and 'embs.npz' not in sample: seed = None   # only the first caption has an embedding
     try: caption, number = pick_caption(sample, captions, seed)
     except Skip as e: raise Skip(name_files(str(e), sample) if str(e) == NO_CAPTION else str(e)) from e.__cause__
     kind = next((k for k in PICTURES if k in sample), None)
-    if kind is None: raise Skip(name_files(NO_PICTURE, sample))
+    if kind is None and not clip_kind(sample): raise Skip(name_files(NO_PICTURE, sample))
     if embedding:
         caption = EmbeddedCaption(caption)
         caption.embedding = get_embedding(sample, number)
+    if clip or kind is None:
+        tiles, scale = load_clip(sample, size, clip or ClipPlan(), place)
+        return tiles, caption, scale
     try: picture, scale = load_picture(sample[kind], size, place, stored_scale(sample))
     except Skip as e: raise explain_kind(e, kind) from e.__cause__
     return np.asarray(picture), caption, scale
@@ -468,37 +536,38 @@ def _grouped(members):
 # %% ../../nbs/2_data/03_samples.ipynb #588cb21a
 HELD = 50_000   # samples of a tar that may wait for their other files
 
-def _is_whole(sample):
-    "Has a sample a picture and another file?"
-    pictures = sum(k in PICTURES for k in sample)
+def _is_whole(sample, clips=False):
+    "Has a sample a picture, or a clip where those are wanted, and another file?"
+    pictures = sum(k in PICTURES or clips and is_clip_file(k) for k in sample)
     return 0 < pictures < len(sample) - 1                    # one of its entries is the key
 
-def _joined(samples):
+def _joined(samples, clips=False):
     "Join the parts of samples that lie apart."
     held = {}                                                # key -> sample
     for s in samples:
         key = s['__key__']
-        if _is_whole(s):
+        if _is_whole(s, clips):
             yield s
             continue
         old = held.pop(key, {'__key__': key})
         apart = old.keys() & s.keys() == {'__key__'}
         if not apart: yield old
         s = {**old, **s} if apart else s
-        if _is_whole(s): yield s
+        if _is_whole(s, clips): yield s
         else: held[key] = s
         if len(held) > HELD: yield held.pop(next(iter(held)))
     yield from held.values()
 
 def tar_samples(
     tar:tarfile.TarFile, # an open tar
+    clips:bool=False, # a sample with a clip does not wait for a picture
 )->Iterator[dict]: # `__key__`, and extension -> `TarInfo`
     "Walk through a tar sample by sample. Raises one of `TAR_ERRORS`, at the end, when the tar is damaged."
     damage = []
     def members():
         try: yield from tar_members(tar)
         except TAR_ERRORS as e: damage.append(e)
-    yield from _joined(_grouped(members()))
+    yield from _joined(_grouped(members()), clips)
     if damage: raise damage[0]
 
 # %% ../../nbs/2_data/03_samples.ipynb #b3d7f762
@@ -506,16 +575,22 @@ def read_tar(
     path, # path or address of a tar
     start:int, # first sample to read
     stop:int, # one past the last sample to read
-    keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension
+    keys:tuple=(*PICTURES, 'txt', 'json'), # which files of a sample to read, by extension; with `VIDEOS`: numbered frames, too
     needed:Iterable|None=None, # whether each of these samples is needed; None: all are
 )->Iterator[dict]: # extension -> bytes; `__key__`, alone where a sample is not needed; `__found__`: other extensions of incomplete ones
     "Read samples `start` to `stop - 1` of a tar. Raises one of `TAR_ERRORS` after the samples before the damage."
-    needed = repeat(True) if needed is None else chain(needed, repeat(True))
+    needed, clips = repeat(True) if needed is None else chain(needed, repeat(True)), VIDEOS[0] in keys
     with open_file(path) as f, tarfile.open(fileobj=f) as tar:
-        for s, need in zip(islice(tar_samples(tar), start, stop), needed):
-            found = {} if _is_whole(s) else {'__found__': tuple(k for k in s if k not in keys and k[:2] != '__')}
-            data = {k: tar.extractfile(s[k]).read() for k in keys if k in s} if need else {}
+        for s, need in zip(islice(tar_samples(tar, clips), start, stop), needed):
+            found = {} if _is_whole(s, clips) else {'__found__': tuple(k for k in s if k not in keys and k[:2] != '__')}
+            data = {k: tar.extractfile(s[k]).read() for k in _to_read(s, keys)} if need else {}
             yield {'__key__': s['__key__'], **data, **(found if need else {})}
+
+def _to_read(sample, keys):
+    "The extensions of the files to read. A clip is read where keys ask for it, and where it is all that can be shown."
+    read = [k for k in keys if k in sample]
+    if VIDEOS[0] not in keys and (PICTURES[0] not in keys or any(k in PICTURES for k in read)): return read
+    return read + [k for k in sample if is_clip_file(k) and k not in read]
 
 # %% ../../nbs/2_data/03_samples.ipynb #67560011
 def damage_reason(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['colours', 'shapes', 'sizes', 'positions', 'offset', 'jitter', 'attributes', 'Shape', 'held_out', 'all_shapes',
-           'glyph', 'draw', 'choose_said', 'caption', 'parse_caption', 'agreeing', 'random_shape', 'shapes_captions',
-           'shape_sample', 'write_shapes']
+           'glyph', 'Look', 'choose_look', 'paint', 'draw', 'choose_said', 'name_thing', 'caption', 'plain_words',
+           'read_words', 'parse_caption', 'agreeing', 'random_shape', 'shapes_captions', 'shape_sample',
+           'write_drawings', 'write_shapes']
 
 # %% ../../nbs/2_data/01_shapes.ipynb #fb7f62c3
 import hashlib, io, json, random, re
@@ -14,6 +15,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 from PIL import Image, ImageDraw
 from webdataset import TarWriter
 from ..utils.files import atomic_write
@@ -71,10 +73,12 @@ def glyph(
     radius:int, # in quarters of a pixel
     right:int=0, # how far the centre lies to the right of the middle, in quarters of a pixel
     down:int=0, # how far below it
+    turn:int=0, # how far it is turned clockwise, in degrees
     up:int=8, # how many times larger it is drawn before it is averaged down
 )->Image.Image: # grey picture, 255 where the shape is
     "Draw the soft mask of a shape."
-    r, n = radius*up/4, 2*(ceil(radius/4) + 1)
+    reach = radius*2**.5 if turn else radius                 # a turned corner lies farther out
+    r, n = radius*up/4, 2*(ceil(reach/4) + 1)
     x, y = n*up/2 + right*up/4, n*up/2 + down*up/4
     im = Image.new('L', (n*up, n*up))
     pen = ImageDraw.Draw(im)
@@ -85,39 +89,72 @@ def glyph(
     if kind == 'cross': pen.rectangle(box(.26*r, r), 255)
     if kind == 'bar': pen.rectangle(box(r, .45*r), 255)
     if kind == 'pillar': pen.rectangle(box(.45*r, r), 255)
+    if turn: im = im.rotate(-turn, Image.Resampling.BICUBIC, center=(x - .5, y - .5))
     return im.reduce(up)
 
-# %% ../../nbs/2_data/01_shapes.ipynb #22c0f740
+# %% ../../nbs/2_data/01_shapes.ipynb #2953ed6b
+class Look(NamedTuple):
+    "How one drawing looks; lengths are in 1/32 of the picture's side."
+    right: float      # of the left edge: where the middle of the shape is
+    down: float       # below the upper edge
+    radius: float     # half the width of the shape
+    colour: tuple     # RGB of the shape, 0 to 255
+    background: tuple # RGB of the background
+    turn: int = 0     # degrees, clockwise
+
+def choose_look(
+    shape:Shape,                 # what to draw
+    rng:random.Random|None=None, # where the jitter comes from; None: no jitter
+    share:float=1.,              # share of the jitter
+)->Look:
+    "Choose how a shape is drawn; with `rng` its place, its radius and both colours vary evenly by up to `jitter`."
+    vary = (lambda k: share*rng.uniform(-jitter[k], jitter[k])) if rng else lambda k: 0
+    rgb = lambda c: tuple(min(max(round(v + vary('colour')), 0), 255) for v in colours[c])
+    right, down = (16 + offset*o + vary('place') for o in positions[shape.position])
+    radius, background = sizes[shape.size]*(1 + vary('size')), rgb(shape.background)
+    return Look(right, down, radius, rgb(shape.colour), background)
+
+# %% ../../nbs/2_data/01_shapes.ipynb #ade7ef0a
+def paint(
+    kind:str, # one of `shapes`
+    look:Look, # how it looks
+    size_px:int, # side of the picture in pixels
+)->Image.Image: # RGB picture of size_px by size_px
+    "Draw a shape from the numbers of its look."
+    unit = size_px/32
+    (x, fx), (y, fy) = (divmod(round(4*unit*o), 4) for o in (look.right, look.down))   # whole pixels, and quarters
+    mask = glyph(kind, round(4*unit*look.radius), fx, fy, look.turn)
+    im = Image.new('RGB', (size_px, size_px), look.background)
+    im.paste(look.colour, (x - mask.width//2, y - mask.height//2), mask)
+    return im
+
 def draw(
     shape:Shape,                 # what to draw
     size_px:int=32,              # side of the picture in pixels
     rng:random.Random|None=None, # where the jitter comes from; None: no jitter
     share:float=1.,              # share of the jitter
 )->Image.Image:                  # RGB picture of size_px by size_px
-    "Draw a shape; with `rng` its place, its radius and both colours vary evenly by up to `jitter`."
-    vary, unit = (lambda k: share*rng.uniform(-jitter[k], jitter[k])) if rng else lambda k: 0, size_px/32
-    rgb = lambda c: tuple(min(max(round(v + vary('colour')), 0), 255) for v in colours[c])
-    quarters = [round(4*unit*(16 + offset*o + vary('place'))) for o in positions[shape.position]]
-    (x, fx), (y, fy) = (divmod(q, 4) for q in quarters)      # whole pixels, and the quarters beyond them
-    mask = glyph(shape.shape, round(4*unit*sizes[shape.size]*(1 + vary('size'))), fx, fy)
-    im = Image.new('RGB', (size_px, size_px), rgb(shape.background))
-    im.paste(rgb(shape.colour), (x - mask.width//2, y - mask.height//2), mask)
-    return im
+    "Draw a shape; with `rng` it varies as in `choose_look`."
+    return paint(shape.shape, choose_look(shape, rng, share), size_px)
 
 # %% ../../nbs/2_data/01_shapes.ipynb #38de768c
 def choose_said(
     rng:random.Random, # source of the choice
-)->tuple[str, ...]: # at least one key of `attributes`, in their order
+    names:tuple[str, ...]=tuple(attributes), # what a caption can name
+)->tuple[str, ...]: # at least one of `names`, in their order
     "Choose the attributes that a caption names."
-    if rng.random() < .4: return tuple(attributes)
-    return tuple(k for k in attributes if rng.random() < .6) or choose_said(rng)
+    if rng.random() < .4: return tuple(names)
+    return tuple(k for k in names if rng.random() < .6) or choose_said(rng, names)
 
 # %% ../../nbs/2_data/01_shapes.ipynb #3e5dedef
 _where = {p: [f'at the {p}', f'in the {p} corner'] if ' ' in p else [f'at the {p}'] for p in positions}
 _where |= dict(centre=['in the centre', 'in the middle'], left=['on the left'], right=['on the right'])
 
-def _thing(said, pick):
-    "Words for the shape: 'a small red circle', 'something small and red', 'a red thing'."
+def name_thing(
+    said:dict[str, str], # attribute -> word, what is to be named
+    pick, # chooses one of a list of wordings
+)->str: # 'a small red circle', 'something small and red', 'a red thing'
+    "Put what is said of the shape itself into words."
     adjectives = [said[k] for k in ('size', 'colour') if k in said]
     if 'shape' in said: return ' '.join(['a', *adjectives, said['shape']])
     plain = ' '.join(['a', *adjectives, pick(['shape', 'thing'])])
@@ -135,7 +172,7 @@ def _forms(said, thing, where, pick):
     forms = [form + end for form, end in zip(forms, ends)]
     return [*forms, f'{on}, {thing} {where}', f'a {b} background with {thing} {where}']
 
-# %% ../../nbs/2_data/01_shapes.ipynb #c3e29717
+# %% ../../nbs/2_data/01_shapes.ipynb #942fbdbe
 def caption(
     shape:Shape,                       # what the picture shows
     rng:random.Random|None=None,       # chooses the wording; None: the plainest
@@ -145,7 +182,7 @@ def caption(
     pick = rng.choice if rng else lambda o: o[0]
     said = {k: v for k, v in asdict(shape).items() if said is None or k in said}
     where = pick(_where[said['position']]) if 'position' in said else ''
-    form = pick(_forms(said, _thing(said, pick), where, pick))
+    form = pick(_forms(said, name_thing(said, pick), where, pick))
     return ' '.join(form.split()).replace(' ,', ',')
 
 # %% ../../nbs/2_data/01_shapes.ipynb #3cebe994
@@ -161,14 +198,22 @@ def _take(said, key, found, caption):
         raise ValueError(f'parse_caption: the caption {caption!r} names more than one {key} ({words}); name one')
     if found: said[key] = found[0]
 
-def parse_caption(
-    caption:str # as `caption` writes them; capitals, commas, extra spaces and "center" do no harm
-)->dict[str, str]: # attribute -> word, for the attributes that it names
-    "Read the attributes out of a caption. Raises `ValueError` for unknown words, doubled attributes, and for none."
+def plain_words(
+    caption:str # capitals, commas, extra spaces and "center" do no harm
+)->str: # lower case, without punctuation
+    "Spell a caption in one way. Raises `ValueError` for what is no text."
     if not isinstance(caption, str):
         raise ValueError(f'parse_caption: a caption is a string, not {type(caption).__name__}')
-    said, text = {}, ' '.join(re.sub(r'[.,;:!]', ' ', caption.lower()).split())
-    text = re.sub(r'\b(center|middle)\b', 'centre', text)
+    text = ' '.join(re.sub(r'[.,;:!]', ' ', caption.lower()).split())
+    return re.sub(r'\b(center|middle)\b', 'centre', text)
+
+# %% ../../nbs/2_data/01_shapes.ipynb #37d35514
+def read_words(
+    text:str, # as from `plain_words`
+    caption:str, # the whole caption, for messages
+)->dict[str, str]: # attribute -> word, for the attributes that it names; may be empty
+    "Read the attributes out of a text. Raises `ValueError` for unknown words, and for doubled attributes."
+    said = {}
     _take(said, 'background', [next(filter(None, o)) for o in _ground.findall(text)], caption)
     text = _ground.sub(' ', text)
     for key in ('position', 'colour', 'shape', 'size'):
@@ -177,11 +222,19 @@ def parse_caption(
         text = words.sub(' ', text)
     if unknown := [w for w in text.split() if w not in _fillers]:
         raise ValueError(f'parse_caption: {unknown[0]!r} in the caption {caption!r} is no word of shapes')
-    if not said:
-        raise ValueError(f'parse_caption: the caption {caption!r} names no attribute ({", ".join(attributes)})')
-    if said.get('colour') == said.get('background', ''):
+    if said and said.get('colour') == said.get('background', ''):
         raise ValueError(f'parse_caption: {caption!r} asks for a shape in the colour of its background, '
                          'which cannot be seen')
+    return said
+
+# %% ../../nbs/2_data/01_shapes.ipynb #1918abb0
+def parse_caption(
+    caption:str # as `caption` writes them
+)->dict[str, str]: # attribute -> word, for the attributes that it names
+    "Read the attributes out of a caption. Raises `ValueError` for unknown words, doubled attributes, and for none."
+    said = read_words(plain_words(caption), caption)
+    if not said:
+        raise ValueError(f'parse_caption: the caption {caption!r} names no attribute ({", ".join(attributes)})')
     return said
 
 # %% ../../nbs/2_data/01_shapes.ipynb #1a4a457d
@@ -233,6 +286,27 @@ def shape_sample(
     return {'__key__': f'{i:08d}', 'png': png.getvalue(), 'txt': text.encode(), 'json': facts.encode()}
 
 # %% ../../nbs/2_data/01_shapes.ipynb #b4992f2e
+def write_drawings(
+    folder:str|Path,     # where the shards go; made if it is not there
+    n:int,               # number of samples
+    sample,              # `sample(i)` gives sample `i` of webdataset
+    per_shard:int=1000,  # samples in one tar
+    name:str='shapes',   # the shards are called NAME-000000.tar and on
+)->list[Path]:           # paths of the shards
+    "Write samples that are drawn on the spot. Raises `ValueError` for impossible numbers, `FileExistsError` for other shards."
+    if n < 1 or per_shard < 1: raise ValueError(f'{n=}, {per_shard=}: at least 1 sample and 1 per shard are needed')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder/f'{name}-{k:06d}.tar' for k in range(ceil(n/per_shard))]
+    if extra := sorted(set(folder.glob(f'{name}-*.tar')) - set(paths)):
+        raise FileExistsError(f'write_{name}: {folder} holds {len(extra)} shards of an earlier run '
+                              f'that would not be overwritten ({extra[0].name}, ...); remove them or choose another folder')
+    for k, path in enumerate(paths):
+        with atomic_write(path) as f, TarWriter(f, encoder=False, mtime=0) as tar:
+            for i in range(k*per_shard, min(n, (k+1)*per_shard)): tar.write(sample(i))
+    return paths
+
+# %% ../../nbs/2_data/01_shapes.ipynb #b0f36109
 def write_shapes(
     folder:str|Path,     # where the shards go; made if it is not there
     n:int,               # number of pictures
@@ -246,14 +320,4 @@ def write_shapes(
     if n < 1 or per_shard < 1 or size_px < 16:
         raise ValueError(f'write_shapes: {n=}, {per_shard=}, {size_px=}; '
                          'at least 1 picture, 1 per shard and 16 pixels are needed')
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder/f'shapes-{k:06d}.tar' for k in range(ceil(n/per_shard))]
-    if extra := sorted(set(folder.glob('shapes-*.tar')) - set(paths)):
-        raise FileExistsError(f'write_shapes: {folder} holds {len(extra)} shards of an earlier run '
-                              f'that would not be overwritten ({extra[0].name}, ...); remove them or choose another folder')
-    for k, path in enumerate(paths):
-        with atomic_write(path) as f, TarWriter(f, encoder=False, mtime=0) as tar:
-            for i in range(k*per_shard, min(n, (k+1)*per_shard)):
-                tar.write(shape_sample(i, size_px, seed, held_out, plain))
-    return paths
+    return write_drawings(folder, n, lambda i: shape_sample(i, size_px, seed, held_out, plain), per_shard)

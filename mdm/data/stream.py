@@ -27,7 +27,9 @@ from .captions import CaptionConfig, caption_rules
 from .files import (FileInfo, MANIFEST, TARS, copy_file, file_identity, file_info, is_remote, is_tar, known_shards,
                             list_files, open_file, reading_copy, redact, resolve_sibling)
 from .filters import apply_filters, flipped, may_flip, read_filter
-from .samples import FEWER, PICTURES, TAR_ERRORS, Skip, count_damage, decode_sample, read_tar, tar_samples
+from .clips import VIDEOS
+from .samples import (FEWER, PICTURES, TAR_ERRORS, ClipPlan, Skip, count_damage, decode_sample, read_tar,
+                              tar_samples)
 from ..utils.cache import FileCache
 from ..utils.configs import config_class
 from ..utils.plugins import load_formats
@@ -42,6 +44,7 @@ class DataConfig(CaptionConfig):
     weights:list[float]|None=None # share of each entry of `files` in the training; None: every picture equally often
     image_size:int=64 # side of the pictures in a batch, or of the frames of its clips, in pixels
     frames:int=1 # frames of a clip, a square number such as 4 or 16, which batches hold as tiles of one picture; 1: pictures
+    frame_rate:float|None=None # frames a second to take from a clip, from a random place on; null: evenly from all of it
     crop:Literal['center','random']='center' # which square of an oblong picture to keep
     epoch_size:int|None=None # pictures per epoch, over all processes; None: one pass over all of them
     filters:list[str] = field(default_factory=list) # conditions that a sample must meet, such as `side >= 256` or `aesthetic > 5` (a number in its .json)
@@ -74,19 +77,13 @@ class DataConfig(CaptionConfig):
             (self.epoch_size is not None and self.epoch_size < 1, 'epoch_size', 'a number above 0, or null'),
             (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
             (self.cache_gb <= 0, 'cache_gb', 'a number above 0'),
-            *_bucket_rules(self)]
+            *_bucket_rules(self), *_clip_rules(self)]
 
     def _filter_rules(self):
         "A broken rule for each filter that cannot be read."
         for text in self.filters:
             try: read_filter(text)
             except ValueError as e: yield True, 'filters', f'conditions; {e}'
-
-# %% ../../nbs/2_data/05_stream.ipynb #8629e2a0
-@patch(as_prop=True)
-def side(self:DataConfig)->int: # in pixels
-    "The side of the pictures in a batch: `image_size`, or for clips the side of the tiling."
-    return self.image_size*math.isqrt(self.frames)
 
 # %% ../../nbs/2_data/05_stream.ipynb #06c7d456
 @patch(as_prop=True)
@@ -101,6 +98,19 @@ def _bucket_rules(c):
     try: c.sizes
     except ValueError as e: return [(True, 'buckets', f'[auto], or sizes such as [64x64, 48x80, 80x48] ({e})')]
     return [(step is not None and c.buckets != ['auto'], 'bucket_step', 'null: only {place}.buckets = [auto] has a step')]
+
+def _clip_rules(c):
+    "Rules about the frames of clips."
+    rate = c.frame_rate
+    return [(rate is not None and not 0 < rate < math.inf, 'frame_rate', 'a number above 0, or null'),
+            (rate is not None and c.frames == 1, 'frame_rate', 'null: only clips ({place}.frames above 1) have a rate'),
+            (c.flip and c.frames > 1, 'flip', 'false: clips ({place}.frames above 1) are not mirrored')]
+
+# %% ../../nbs/2_data/05_stream.ipynb #8629e2a0
+@patch(as_prop=True)
+def side(self:DataConfig)->int: # in pixels
+    "The side of the pictures in a batch: `image_size`, or for clips the side of the tiling."
+    return self.image_size*math.isqrt(self.frames)
 
 # %% ../../nbs/2_data/05_stream.ipynb #ab22943a
 @dataclass
@@ -313,7 +323,7 @@ class PictureStream(IterableDataset):
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
-        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings)
+        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings, *VIDEOS*(config.frames > 1))
         self.filters = [read_filter(o) for o in config.filters]
         self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
         self.sizes = config.sizes # of batches; []: squares only
@@ -460,10 +470,17 @@ def _decode(self:PictureStream, sample, place, sizes=None):
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
     seed = self.seed if self.train else None
     pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings,
-                                           self.config, seed)
+                                           self.config, seed, self._clip_plan(place))
     flip = self.train and self.config.flip and random.Random(f'{self.seed}/flip {place}').random() < .5
     found = flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
     return (*found, place, sample) if sizes else found
+
+@patch
+def _clip_plan(self:PictureStream, place):
+    "Which frames to take of the clip at a place; None: pictures."
+    c, start = self.config, .5
+    if self.train and c.frame_rate: start = random.Random(f'{self.seed}/clip {place}').random()
+    return ClipPlan(c.frames, c.frame_rate, start) if c.frames > 1 else None
 
 # %% ../../nbs/2_data/05_stream.ipynb #2e63ee6d
 def _bytes_of(item):
