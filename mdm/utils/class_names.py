@@ -36,8 +36,8 @@ class ClassNames:
         k:int, # number of a class
     )->list[str]: # its single names, and after them the whole entry
         "The names of a class."
-        single = [o.strip() for o in self.names[k].split(',')]
-        return [o for o in [*single, self.names[k]] if fold_name(o)]
+        single = [o.strip() for o in self.names[k].split(',') if fold_name(o)]
+        return [*single, self.names[k]] if single else []
 
 # %% ../../nbs/0_ground/12_class_names.ipynb #9d654f56
 @patch
