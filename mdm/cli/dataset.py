@@ -117,10 +117,13 @@ def _folder_flags(p):
     'cat.txt or cat.caption), or in tables metadata or captions (.jsonl, .csv, .tsv, .parquet) with the columns file_name '
     'and text. A picture that is named several times has several captions, and training uses each in its turn. Pictures '
     'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
-    'skipped.tsv. The same command packs pictures that were added to the folder since into further shards.',
+    'skipped.tsv. The same command packs pictures that were added to the folder since into further shards. With --classes, '
+    'every folder in the folder is a class; its name is the caption of its pictures, and for text.encoder=classes also '
+    'their class.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
-    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'", _folder_flags)
+    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'\n"
+    'mdm_dataset folder animals data/animals --classes', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
@@ -175,6 +178,8 @@ def _shapes_flags(p):
         help='only combinations that training never sees, instead of only those that it does see')
     p.add_argument('--plain', action='store_true',
         help='captions that name all five attributes, and drawings that vary half as much: learnt in fewer steps')
+    p.add_argument('--classes', metavar='ATTRIBUTE', nargs='+', default=[],
+        help='give every picture a class as well, made up of one or more of size, colour and shape; for text.encoder=classes')
     _add_sizes(p)
 
 @_subcommand('shapes', 'shapes on plain backgrounds, drawn on the spot',
@@ -187,16 +192,19 @@ def _shapes(args):
     "Shards of drawn shapes."
     if args.n < 1 or args.size < 16:
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 picture and 16 pixels are needed')
-    from mdm.data.shapes import shape_sample
+    from mdm.data.shapes import shape_classes, shape_sample
     from mdm.data.shards import ShardWriter, items_bar
     from mdm.utils.configs import changed
     settings = dict(kind='shapes', n=args.n, size=args.size, seed=args.seed, held_out=args.held_out,
-        plain=args.plain)
+        plain=args.plain, **(dict(classes=args.classes) if args.classes else {}))
+    extra, classes = dict(classes=shape_classes(args.classes)) if args.classes else {}, tuple(args.classes)
     config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': 'shapes'})
-    with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
+    with ShardWriter(args.folder, config, settings, _command_line(args), extra) as writer:
         for i in items_bar(range(writer.position, args.n), 'pictures', args.n, done=writer.position):
-            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out, args.plain))
-    _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}')
+            writer.add(i, shape_sample(i, args.size, args.seed, args.held_out, args.plain, classes))
+    more = ''
+    if extra: more = f" text.encoder=classes model.inner.text_proj_dim=64 'train.preview_prompts=[{extra['classes'][0]}]'"
+    _report(writer.manifest, args.folder, args, f'mdm_train shapes --data {_tars_in(args.folder)}{more}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #f17e0004
 def _prior_flags(p):

@@ -31,7 +31,12 @@ class FolderConfig(PicturesConfig):
     caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
+    classes: bool = False # every folder in the folder is a class, with its pictures; captions are the names of the folders
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
+
+    def rules(self):
+        own = [k for k in ('file_column', 'caption_column', 'caption_key', 'caption_lines') if getattr(self, k)]
+        return [(self.classes and bool(own), 'classes', f"false where {', '.join(own)} say where captions are")]
 
 # %% ../../nbs/2_data/07_configs.ipynb #e327a766
 @config_class
