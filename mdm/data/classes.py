@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from .files import MANIFEST, find_files, read_manifest, redact, resolve_sibling
 from ..utils.class_names import ClassNames, moved_names
-from ..utils.configs import check_config
 
 # %% ../../nbs/2_data/15_classes.ipynb #f57eff52
-def imagenet_names()->list[str]: # 1000 names, in the order of the classes' numbers
-    "The names of ImageNet's classes, from torchvision."
+_more_names = {'Cardigan': 'Cardigan Welsh corgi', 'Pembroke': 'Pembroke Welsh corgi', 'cardigan': 'cardigan sweater'}
+
+def imagenet_names()->list[str]: # 1000 entries, in the order of the classes' numbers
+    "The names of ImageNet's classes, from torchvision; a Cardigan is a dog there, and a cardigan is not."
     from torchvision.models import ResNet18_Weights
-    return list(ResNet18_Weights.DEFAULT.meta['categories'])
+    names = ResNet18_Weights.DEFAULT.meta['categories']
+    return [f'{o}, {_more_names[o]}' if o in _more_names else o for o in names]
 
 def read_class_names(
     source:str|Path, # a file with a class a line, in the order of their numbers; or 'imagenet'
@@ -68,7 +70,7 @@ def with_classes(
         raise ValueError(f'text.encoder is classes, but text.classes is empty, and no {MANIFEST} beside data.files has names: '
                          'make shards with mdm_dataset folder --classes, or name in text.classes a file with a class a line')
     names = list(names or next(iter(found.values())))
-    text = replace(text, classes=names)
-    check_config(text, 'text')
+    try: ClassNames(names)
+    except ValueError as e: raise ValueError(f'text.classes: {e}') from None
     for folder, stored in found.items(): check_classes(names, folder, stored)
-    return replace(recipe, text=text)
+    return replace(recipe, text=replace(text, classes=names))
