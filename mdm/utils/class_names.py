@@ -24,7 +24,7 @@ class ClassNames:
         names:list[str], # one entry for each class, in the order of their numbers; commas divide the names of a class
     ):
         if isinstance(names, str): raise TypeError(f'names of classes are a list, but one text was given: {names[:60]!r}')
-        self.names = [' '.join(o.split()) for o in names]
+        self.names = [' '.join(o.replace('_', ' ').split()) for o in names]
         self.numbers = {}    # folded name -> numbers of the classes that have it
         for k, entry in enumerate(self.names):
             for name in dict.fromkeys(map(fold_name, self.spellings(k))): self.numbers.setdefault(name, []).append(k)
