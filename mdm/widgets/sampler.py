@@ -266,6 +266,7 @@ def _toggle_settings(self:SamplerWidget):
     shown = 'mdm-shown' in self.fields._dom_classes
     (self.fields.remove_class if shown else self.fields.add_class)('mdm-shown')
 
+# %% ../../nbs/4_use/13_sampler_widget.ipynb #8cb68aaa
 @patch
 def _offer_prompts(self:SamplerWidget,
     prompts:list[str], # of which each becomes a button
