@@ -170,7 +170,7 @@ def encode(self:MDMPipeline,
 )->tuple: # (embeddings [B,T,D], mask [B,T]) on the device
     "Encode prompts as the network is to see them."
     found = self.encoder(prompts)
-    return round_up_tokens(*found) if self.bf16 else found
+    return round_up_tokens(*found) if self.bf16 and not self.encoder.one_token else found
 
 # %% ../nbs/3_training/03_pipeline.ipynb #55d5307b
 @patch
@@ -252,6 +252,7 @@ def __call__(self:MDMPipeline,
             raise ValueError(f'{name}: found {value!r}, expected a number above 0')
     config, pictures = self.config(**kwargs), [[] for _ in self.model.scales]
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
+    self.encoder.check([*prompts, negative_prompt])
     starts = range(0, len(prompts), batch_size)
     for done, i in enumerate(starts):
         batch = prompts[i:i + batch_size]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'FinetuneConfig', 'Recipe', 'RecipeError', 'valid_keys',
-           'read_model', 'check_weights', 'check_batch', 'check_text', 'size_unit', 'check_image_size', 'check_frames',
-           'init_checkpoints', 'check_freeze', 'check_steps', 'check_join', 'check_segments', 'check_dropout',
-           'check_networks', 'check_averages', 'check_one_start', 'check_recipe', 'check_numbers', 'read_sections',
-           'build_recipe', 'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml',
-           'apply_overrides', 'shortened', 'remember_references', 'lost_references', 'load_recipe']
+           'read_model', 'check_weights', 'check_batch', 'check_text', 'check_class_data', 'size_unit',
+           'check_image_size', 'check_frames', 'init_checkpoints', 'check_freeze', 'check_steps', 'check_join',
+           'check_segments', 'check_dropout', 'check_networks', 'check_averages', 'check_one_start', 'check_recipe',
+           'check_numbers', 'read_sections', 'build_recipe', 'recipe_dict', 'save_recipe', 'read_source',
+           'RecipeFormat', 'find_format', 'read_yaml', 'apply_overrides', 'shortened', 'remember_references',
+           'lost_references', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
 import json, math, re, warnings
@@ -242,12 +243,26 @@ def check_text(
     model:UNetConfig, # the networks
     text:TextConfig, # the text encoder
 )->list[str]: # lines for `RecipeError`
-    "The text layers' 8 heads divide the width of the token embeddings."
+    "There is a table for classes, and the text layers' 8 heads divide the width of the token embeddings."
     inner, place = _innermost(model)
+    if text.encoder == 'classes' and not inner.text_proj_dim:
+        return [_line(f'{place}.text_proj_dim', None, 'the width of the vector of a class, such as 256: '
+                      'text.encoder = classes trains a table of them')]
     if not inner.num_text_layers: return []
     if inner.text_proj_dim: place, width = f'{place}.text_proj_dim', inner.text_proj_dim
     else: place, width = 'text.dim', text.dim if text.encoder == 'hash' else 8
     return [_line(place, width, "a multiple of 8, the heads of the model's text layers")] if width % 8 else []
+
+# %% ../nbs/3_training/01_recipe.ipynb #652012b4
+def check_class_data(
+    text:TextConfig, # the text encoder
+    data:DataConfig, # the captions
+)->list[str]: # lines for `RecipeError`
+    "Classes are not captions that could be chosen, changed or embedded beforehand."
+    if text.encoder != 'classes': return []
+    usual, names = DataConfig(), ('caption_key', 'caption_template', 'tag_shuffle', 'tag_dropout', 'embeddings')
+    return [_line(f'data.{k}', getattr(data, k), f'{getattr(usual, k)!r} with text.encoder = classes')
+            for k in names if getattr(data, k) != getattr(usual, k)]
 
 # %% ../nbs/3_training/01_recipe.ipynb #4136eb99
 def size_unit(
@@ -377,7 +392,8 @@ def check_one_start(
 
 # %% ../nbs/3_training/01_recipe.ipynb #54b7b8a8
 _between = [(check_weights, 'model', 'diffusion'), (check_batch, 'diffusion', 'train'), (check_text, 'model', 'text'),
-            (check_image_size, 'model', 'data'), (check_frames, 'model', 'data'), (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
+            (check_class_data, 'text', 'data'), (check_image_size, 'model', 'data'), (check_frames, 'model', 'data'),
+            (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
             (check_segments, 'distill', 'diffusion'), (check_dropout, 'distill', 'train'),
             (check_join, 'model', 'diffusion', 'sample'), (check_networks, 'model', 'data', 'finetune'),
             (check_one_start, 'distill', 'finetune'), (check_averages, 'train', 'finetune')]

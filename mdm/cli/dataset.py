@@ -120,11 +120,12 @@ def _folder_flags(p):
     'and text. A picture that is named several times has several captions, and training uses each in its turn. Pictures '
     'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
     'skipped.tsv. The same command packs pictures that were added to the folder since into further shards. With --clips, '
-    'it packs videos (.mp4, .mov, .webm, .mkv) and animated pictures instead.',
+    'it packs videos (.mp4, .mov, .webm, .mkv) and animated pictures instead. With --classes, every folder in the folder is '
+    'a class; its name is the caption of its pictures, and for text.encoder=classes also their class.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
     "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'\n"
-    'mdm_dataset folder videos data/clips --clips', _folder_flags)
+    'mdm_dataset folder videos data/clips --clips\nmdm_dataset folder animals data/animals --classes', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder
@@ -182,7 +183,7 @@ def _drawing_flags(p, what, n, size):
         help='captions that name all attributes, and drawings that vary half as much: learnt in fewer steps')
     _add_sizes(p)
 
-def _write_drawings(args, kind, what, sample, **settings):
+def _write_drawings(args, kind, what, sample, extra=None, more='', **settings):
     "Write shards of samples that are drawn on the spot; `sample(i)` draws one."
     if args.n < 1 or args.size < 16:
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 {what} and 16 pixels are needed')
@@ -190,13 +191,16 @@ def _write_drawings(args, kind, what, sample, **settings):
     from mdm.utils.configs import changed
     settings = dict(kind=kind, n=args.n, size=args.size, seed=args.seed, held_out=args.held_out, plain=args.plain, **settings)
     config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': kind})
-    with ShardWriter(args.folder, config, settings, _command_line(args)) as writer:
+    with ShardWriter(args.folder, config, settings, _command_line(args), extra) as writer:
         for i in items_bar(range(writer.position, args.n), f'{what}s', args.n, done=writer.position):
             writer.add(i, sample(i))
-    _report(writer.manifest, args.folder, args, f'mdm_train {kind} --data {_tars_in(args.folder)}')
+    _report(writer.manifest, args.folder, args, f'mdm_train {kind} --data {_tars_in(args.folder)}{more}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #ad34f995
-def _shapes_flags(p): _drawing_flags(p, 'picture', 16_000, 32)
+def _shapes_flags(p):
+    _drawing_flags(p, 'picture', 16_000, 32)
+    p.add_argument('--classes', metavar='ATTRIBUTE', nargs='+', default=[],
+        help='give every picture a class as well, made up of one or more of size, colour and shape; for text.encoder=classes')
 
 @_subcommand('shapes', 'shapes on plain backgrounds, drawn on the spot',
     'Draw captioned pictures of one plain shape each: colour, shape, size, position and background, in several wordings. '
@@ -206,8 +210,15 @@ def _shapes_flags(p): _drawing_flags(p, 'picture', 16_000, 32)
     'mdm_dataset shapes data/test --n 500 --held-out', _shapes_flags)
 def _shapes(args):
     "Shards of drawn shapes."
-    from mdm.data.shapes import shape_sample
-    _write_drawings(args, 'shapes', 'picture', lambda i: shape_sample(i, args.size, args.seed, args.held_out, args.plain))
+    from mdm.data.shapes import shape_classes, shape_sample
+    classes, found = tuple(args.classes), {}
+    if classes:
+        found['extra'] = dict(classes=shape_classes(args.classes))
+        name = found['extra']['classes'][0]
+        found['more'] = f" text.encoder=classes model.inner.text_proj_dim=64 'train.preview_prompts=[{name}]'"
+        found['classes'] = args.classes
+    draw = lambda i: shape_sample(i, args.size, args.seed, args.held_out, args.plain, classes)
+    _write_drawings(args, 'shapes', 'picture', draw, **found)
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #f49214d7
 def _moving_flags(p):

@@ -310,6 +310,7 @@ def _sample_command(
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
     (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
+    pipe.encoder.check([*prompts, args.negative_prompt])
     if cut := pipe.encoder.describe_cuts([*prompts, args.negative_prompt]): warnings.warn(cut)
     size = {'size': args.size} if args.size else {}
     width, _ = pipe.picture_size(args.size)

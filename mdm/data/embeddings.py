@@ -106,6 +106,9 @@ def embed_shards(
 )->dict: # the manifest
     "Add embeddings to shards. Raises `FileExistsError` when the folder holds something else, `ValueError` when shards share a name."
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}, but must be at least 1')
+    if config.encoder == 'classes':
+        raise ValueError('classes have no embeddings to store: their vectors are trained with the model, so train on the '
+                         'shards as they are, with text.encoder=classes and without data.embeddings')
     tars, folder = find_tars(patterns), Path(folder)
     names = _new_names(tars, folder)
     with only_writer(folder):
@@ -290,11 +293,20 @@ def _encode(self:PrecomputedText, prompts):
     "Embeddings of prompts that are not stored, from the real encoder."
     return _rows(*create_text_encoder(self.config, cache_size=0, device=self.device)(prompts))
 
+# %% ../../nbs/2_data/12_embeddings.ipynb #4eea0a08
+def _class_encoder(recipe):
+    "The encoder of a recipe's classes; previews of classes that do not exist are refused at once."
+    encoder = create_text_encoder(recipe.text)
+    try: encoder.check([*recipe.train.preview_prompts, ''])
+    except ValueError as e: raise ValueError(f'train.preview_prompts: {e}') from None
+    return encoder
+
 # %% ../../nbs/2_data/12_embeddings.ipynb #589e2d13
 def create_encoder_for(
     recipe, # a `Recipe`; its `text`, `data` and `train.preview_prompts` are used
 )->TextEncoder: # the recipe's text encoder, or a `PrecomputedText` with `data.embeddings`
     "The text encoder for a training. Raises `ValueError` when the shards' embeddings are another encoder's."
+    if recipe.text.encoder == 'classes': return _class_encoder(recipe)
     if not recipe.data.embeddings: return create_text_encoder(recipe.text)
     entry = read_embeddings(recipe.data.files)
     check_embeddings(entry, recipe.text)

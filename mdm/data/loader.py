@@ -24,6 +24,7 @@ from .clips import film_strip
 from .files import redact
 from .stream import DataConfig, PictureStream, find_shards
 from ..models.clips import from_tiles
+from ..utils.class_names import ClassNames
 from ..utils.configs import changed
 from ..utils.pictures import contact_sheet
 from ..utils.ranks import rank_and_world
@@ -267,6 +268,7 @@ def create_loader(
     batch_size:int, # pictures per batch and process
     train:bool=True, # shuffled whole batches; False: everything once, in order, cropped from the centre
     seed:int=0, # same seed, epoch and number of workers: same batches
+    classes:list[str]=(), # names of classes, as in `text.classes`: captions are theirs, by `KEY.cls`; none: the samples' own
 )->PictureLoader: # iterate over it, once per epoch
     "Stream captioned pictures. Raises `FileNotFoundError`, or `ValueError` when the settings cannot give a batch."
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}, but must be at least 1')
@@ -274,7 +276,8 @@ def create_loader(
     shards = find_shards(config.files)
     if empty := _without_samples(config, shards):
         raise ValueError(f'data files: the files of {redact(empty)} hold no samples' + ' of their own'*bool(shards))
-    loader = PictureLoader(PictureStream(shards, config, batch_size, train, seed, *rank_and_world()), config.workers)
+    labels = ClassNames(classes).labels if classes else None
+    loader = PictureLoader(PictureStream(shards, config, batch_size, train, seed, *rank_and_world(), labels), config.workers)
     if train and not len(loader):
         n = loader.dataset.total if config.epoch_size is None else config.epoch_size
         world = loader.dataset.world
@@ -289,9 +292,10 @@ def create_dls(
     valid:DataConfig|None=None, # the validation data; None: no validation
     device=None, # where batches go; None: a GPU if there is one
     seed:int=0, # of order and crops
+    classes:list[str]=(), # names of classes, as for `create_loader`
 )->DataLoaders: # with `train`, `valid`, `one_batch()`, `show_batch()`
     "Loaders for a fastai `Learner`. Raises what `create_loader` raises."
-    train_dl = create_loader(config, batch_size, seed=seed)
+    train_dl = create_loader(config, batch_size, seed=seed, classes=classes)
     if valid is None: valid_dl = FastaiDataLoader([], bs=batch_size)
-    else: valid_dl = create_loader(valid, batch_size, train=False, seed=seed)
+    else: valid_dl = create_loader(valid, batch_size, train=False, seed=seed, classes=classes)
     return DataLoaders(train_dl, valid_dl, device=default_device() if device is None else torch.device(device))

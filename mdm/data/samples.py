@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BAD_PICTURE', 'NO_PICTURE', 'NO_CAPTION', 'BAD_CAPTION', 'NUL_CAPTION', 'NO_EMBEDDING', 'BAD_EMBEDDING', 'BAD_TAR',
-           'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'DECODING', 'TAR_ERRORS', 'META', 'HELD', 'Skip',
-           'missing_package', 'explain_kind', 'open_image', 'ByteBudget', 'decoded', 'crop_box', 'resize_part',
-           'load_picture', 'usable_captions', 'get_captions', 'get_caption', 'pick_caption', 'EmbeddedCaption',
-           'get_embedding', 'name_files', 'stored_scale', 'ClipPlan', 'clip_kind', 'open_clip', 'load_clip',
-           'decode_sample', 'MoreData', 'tar_members', 'split_name', 'tar_samples', 'read_tar', 'damage_reason',
-           'count_damage']
+           'MORE_TAR', 'FEWER', 'UNREACHABLE', 'PICTURES', 'DECODING', 'NO_CLASS', 'BAD_CLASS', 'OTHER_CLASS',
+           'TAR_ERRORS', 'META', 'HELD', 'Skip', 'missing_package', 'explain_kind', 'open_image', 'ByteBudget',
+           'decoded', 'crop_box', 'resize_part', 'load_picture', 'usable_captions', 'get_captions', 'get_caption',
+           'pick_caption', 'EmbeddedCaption', 'get_embedding', 'name_files', 'stored_scale', 'get_class', 'ClipPlan',
+           'clip_kind', 'open_clip', 'load_clip', 'decode_sample', 'MoreData', 'tar_members', 'split_name',
+           'tar_samples', 'read_tar', 'damage_reason', 'count_damage']
 
 # %% ../../nbs/2_data/03_samples.ipynb #184617d0
 import copy, io, json, lzma, os, posixpath, random, re, tarfile, threading, zipfile, zlib
@@ -352,6 +352,23 @@ def stored_scale(
     sides = [about.get(f'original_{o}') for o in ('width', 'height')] if isinstance(about, dict) else [0]
     return min(sides) if all(isinstance(o, int) and o > 0 for o in sides) else 0
 
+# %% ../../nbs/2_data/03_samples.ipynb #45f5e16a
+NO_CLASS = 'class (.cls) that is missing'
+BAD_CLASS = 'class (.cls) that is not a number'
+OTHER_CLASS = 'class (.cls) whose number has no name'
+
+def get_class(
+    sample:dict, # bytes by extension, with `'cls'`
+    most:int|None=None, # number of classes; None: any
+)->int: # number of the class, at least 0
+    "Read the class of a sample. Raises `Skip` when there is none."
+    if 'cls' not in sample: raise Skip(NO_CLASS)
+    found = re.fullmatch(rb'\s*(\d{1,9})\s*', sample['cls'])
+    if not found: raise Skip(BAD_CLASS)
+    k = int(found[1])
+    if most is not None and k >= most: raise Skip(OTHER_CLASS)
+    return k
+
 # %% ../../nbs/2_data/03_samples.ipynb #a2991dbd
 class ClipPlan(NamedTuple):
     "Which frames of a clip to take."
@@ -421,10 +438,11 @@ def decode_sample(
     captions:CaptionConfig|None=None, # as for `pick_caption`
     seed:int|None=None, # as for `pick_caption`
     clip:ClipPlan|None=None, # which frames of a clip to take; None: pictures
+    labels:list[str]|None=None, # the caption is one of these, by the number of the sample's class; None: the sample's own
 )->tuple[np.ndarray, str, int]: # (uint8 [height,width,3], caption, scale as of `load_picture`)
     "Decode a sample. Raises `Skip` when it cannot be used."
     if embedding and 'embs.npz' not in sample: seed = None   # only the first caption has an embedding
-    try: caption, number = pick_caption(sample, captions, seed)
+    try: caption, number = (labels[get_class(sample, len(labels))], 0) if labels else pick_caption(sample, captions, seed)
     except Skip as e: raise Skip(name_files(str(e), sample) if str(e) == NO_CAPTION else str(e)) from e.__cause__
     kind = next((k for k in PICTURES if k in sample), None)
     if kind is None and not clip_kind(sample): raise Skip(name_files(NO_PICTURE, sample))

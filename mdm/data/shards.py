@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REPORT', 'KEPT_FORMATS', 'CLIP_FILES', 'BAD_PROFILE', 'PICTURE_FILES', 'NOT_THERE', 'ORPHAN', 'LINKED_FOLDER',
            'DEAD_LINK', 'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_TABLES', 'CAPTION_FILES', 'UNREADABLE',
-           'PACKED', 'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture', 'prepare_clip',
-           'about_picture', 'make_key', 'normalize_path', 'misfit', 'list_folder', 'ordered_map', 'items_bar',
-           'result_or_skip', 'read_metadata', 'captions_beside', 'folder_sample', 'refuse_empty', 'write_folder']
+           'NO_FOLDER', 'PACKED', 'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture',
+           'prepare_clip', 'about_picture', 'make_key', 'normalize_path', 'misfit', 'list_folder', 'ordered_map',
+           'items_bar', 'result_or_skip', 'read_metadata', 'captions_beside', 'folder_sample', 'class_folders',
+           'class_sample', 'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/08_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, re, tarfile, unicodedata
@@ -24,6 +25,7 @@ from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_c
                             row_captions)
 from .samples import (BAD_PICTURE, PICTURES, ClipPlan, Skip, decoded, explain_kind, get_caption, get_captions,
                               load_clip, load_picture, open_clip, open_image, usable_captions)
+from ..utils.class_names import ClassNames
 from ..utils.configs import changed
 from ..utils.files import atomic_write, only_writer, stays_inside
 from ..utils.pictures import profile_fault
@@ -495,6 +497,33 @@ def folder_sample(
     return {'__key__': make_key(file), ext: made, **caption_files(captions, {**_facts_beside(path), 'file': file, **about}),
             **({'__notes__': notes} if notes else {})}
 
+# %% ../../nbs/2_data/08_shards.ipynb #d0f01bcd
+NO_FOLDER = 'picture that lies in no folder of a class'
+
+def class_folders(
+    items:list, # pairs (path, captions or `Skip`), from `list_folder`
+)->list[str]: # names of folders, in order; raises ValueError when there are fewer than two, or when two have one name
+    "Find the classes of a folder with a folder for each class."
+    names = sorted({file.partition('/')[0] for file, text in items if '/' in file and not isinstance(text, Skip)})
+    if len(names) < 2:
+        found = f'only the folder {names[0]}' if names else 'no folder'
+        raise ValueError(f'classes: there is {found} with pictures, expected at least two, one for each class')
+    ClassNames(names)
+    return names
+
+def class_sample(
+    folder:str|Path, # the folder with the folders of the classes
+    file:str, # path of a picture in it
+    text, # a `Skip` is raised; captions are not used
+    names:list[str], # from `class_folders`
+    resize:int|None=None, # as in `prepare_picture`
+)->dict: # `__key__`, and bytes by extension
+    "Make a sample of a picture in the folder of its class. Raises `Skip` when it cannot be used."
+    if isinstance(text, Skip): raise text
+    name, slash, _ = file.partition('/')
+    if not slash: raise Skip(NO_FOLDER)
+    return {**folder_sample(folder, file, name.replace('_', ' '), resize), 'cls': str(names.index(name)).encode()}
+
 # %% ../../nbs/2_data/08_shards.ipynb #6f8829ab
 def refuse_empty(
     manifest:dict, # of a finished run
@@ -545,6 +574,16 @@ def _new_items(folder, items, states, fingerprint, manifest):
                               f'{other[0]!r}: choose another folder for the shards, or remove {folder} to start again')
     return [o for o in items if packed['files'].get(o[0]) != states[o[0]]], packed['source']
 
+# %% ../../nbs/2_data/08_shards.ipynb #a129289e
+def _sample_maker(pictures, items, config):
+    "A function from a pair (path, captions) to a sample or `Skip`, and what else the manifest says."
+    if config.classes:
+        names = class_folders(items)
+        return lambda item: result_or_skip(class_sample, pictures, *item, names, config.resize), {'classes': names}
+    make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key, config.caption_lines,
+                                       config.clips)
+    return make, {}
+
 # %% ../../nbs/2_data/08_shards.ipynb #f1621b45
 def write_folder(
     pictures:str|Path, # the folder of pictures
@@ -557,17 +596,17 @@ def write_folder(
     """Make shards from a folder of captioned pictures, or add its new pictures to shards. Raises `FileNotFoundError` without
     pictures, `ValueError` when none can be used, `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
     config = changed(config or FolderConfig(), 'folder', **changes)
-    items, fingerprint, files = _listing(pictures, folder, config.file_column, config.caption_column, config.clips)
+    found, fingerprint, files = _listing(pictures, folder, config.file_column, config.caption_column, config.clips)
     if config.caption_key: parse_shares(config.caption_key)
-    states, manifest = _states(items, files), read_manifest(folder)
-    items, after = _new_items(folder, items, states, fingerprint, manifest)
+    states, manifest = _states(found, files), read_manifest(folder)
+    items, after = _new_items(folder, found, states, fingerprint, manifest)
     after = after or (manifest or {}).get('settings', {}).get('after', '')
     settings = dict(kind='folder', source=fingerprint, resize=config.resize, **({'after': after} if after else {}))
     for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'clips'):
         if getattr(config, name): settings[name] = getattr(config, name)
-    make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key,
-                                       config.caption_lines, config.clips)
-    with ShardWriter(folder, config, settings, command, adds_to=after) as writer:
+    make, extra = _sample_maker(pictures, found, config)
+    if extra: settings['classes'] = f"{len(extra['classes'])}, {hashlib.sha256(repr(extra).encode()).hexdigest()[:16]}"
+    with ShardWriter(folder, config, settings, command, extra, adds_to=after) as writer:
         outcomes = ordered_map(make, items[writer.position:], config.workers)
         for outcome in items_bar(outcomes, 'pictures', len(items), bar, writer.position):
             writer.add(writer.position, outcome, items[writer.position][0])

@@ -318,12 +318,15 @@ class PictureStream(IterableDataset):
         seed:int=0, # of the order and the crops
         rank:int=0, # number of this process
         world:int=1, # number of processes
+        labels:list[str]|None=None, # of classes: captions are these, by `KEY.cls`; None: captions are the samples' own
     ):
         self.shards, self.config, self.batch_size, self.train = shards, config, batch_size, train
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.bookmarks = None     # where each reader of this process begins; None: at the beginning of its share
         self.first = 0            # which reader of this process hands out its chunk first
-        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings, *VIDEOS*(config.frames > 1))
+        self.labels = labels
+        self.keys = (*PICTURES, 'txt', 'json', *['emb.npy', 'embs.npz']*config.embeddings, *VIDEOS*(config.frames > 1),
+                     *['cls']*bool(labels))
         self.filters = [read_filter(o) for o in config.filters]
         self.cache = FileCache(config.cache, config.cache_gb*1e9) if config.cache else None
         self.sizes = config.sizes # of batches; []: squares only
@@ -470,7 +473,7 @@ def _decode(self:PictureStream, sample, place, sizes=None):
     if self.train and self.config.crop == 'random': where = rng.random(), rng.random()
     seed = self.seed if self.train else None
     pixels, caption, scale = decode_sample(sample, sizes or self.config.image_size, where, self.config.embeddings,
-                                           self.config, seed, self._clip_plan(place))
+                                           self.config, seed, self._clip_plan(place), self.labels)
     flip = self.train and self.config.flip and random.Random(f'{self.seed}/flip {place}').random() < .5
     found = flipped(pixels) if flip and may_flip(caption) else pixels, caption, scale
     return (*found, place, sample) if sizes else found

@@ -28,11 +28,12 @@ def read_pictures(
     rank:int=0, # number of this process
     world:int=1, # number of processes
     data:DataConfig|None=None, # how to read pictures and captions; None: the usual way
+    classes:list[str]=(), # names of classes, as for `create_loader`
 )->Iterator[tuple]: # (numbers, bytes [B,3,S,S], captions, micro-conditioning), the blocks of this process
     "Read a validation set in order. Raises what `create_loader` raises."
     config = replace(data or DataConfig(), files=list(files), weights=None, image_size=size, buckets=[], bucket_step=None,
                      embeddings=False, epoch_size=None, workers=0)
-    loader, start = create_loader(config, batch_size, train=False), 0
+    loader, start = create_loader(config, batch_size, train=False, classes=classes), 0
     loader.dataset.rank, loader.dataset.world = 0, 1         # read all of it; the blocks are divided here
     for k, (pictures, captions, micros) in enumerate(loader):
         m = len(captions) if n is None else min(len(captions), n - start)

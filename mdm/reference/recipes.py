@@ -369,6 +369,9 @@ def _refuse(recipe):
                  loss_weight=('none', 'vdm'), min_divisor=(0,))
     bad += [f'diffusion.{k}: found {getattr(d, k)!r}, expected {" or ".join(map(str, v))}: the reference knows no other'
             for k, v in known.items() if getattr(d, k) not in v]
+    if recipe.text.encoder == 'classes':
+        bad.append("text.encoder: found 'classes', expected a model of texts: the reference knows no classes, so such a model "
+                   'stays in a checkpoint folder')
     if bad: raise RecipeError(recipe.name, bad)
     return len(networks)
 

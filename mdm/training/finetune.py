@@ -57,6 +57,12 @@ def _gentler(values, train, overrides):
     values |= dict(name=f"{values['name']}-tuned", model=plain_start(values['model']))
     values['data'] |= dict(files=[], weights=None)
 
+# %% ../../nbs/3_training/14_finetune.ipynb #60fd0b0c
+def _class_file(pipe, prompt):
+    "The file with the class of a prompt, for a model of classes."
+    if pipe.recipe.text.encoder != 'classes' or (number := pipe.encoder.classes.number(prompt)) is None: return {}
+    return {'cls': str(number).encode()}
+
 # %% ../../nbs/3_training/14_finetune.ipynb #4c6081c7
 def prior_samples(
     pipe:MDMPipeline, # the model as it is
@@ -71,7 +77,7 @@ def prior_samples(
         for k, picture in enumerate(pipe(words, n=1, seed=seed + i, batch_size=batch_size), i):
             file = io.BytesIO()
             picture.save(file, 'PNG')
-            yield {'__key__': f'{k:06d}', 'png': file.getvalue(), 'txt': prompts[k].encode()}
+            yield {'__key__': f'{k:06d}', 'png': file.getvalue(), 'txt': prompts[k].encode(), **_class_file(pipe, prompts[k])}
 
 def write_prior(
     path:str|Path, # the model: a checkpoint, or 'shapes'
@@ -85,8 +91,10 @@ def write_prior(
     "Write shards of pictures that a model draws, for `data.files` beside new ones."
     if not prompts: raise ValueError('there are no prompts to draw: name one a line')
     settings = dict(kind='prior', model=str(path), prompts=list(prompts), seed=seed)
-    with ShardWriter(folder, config or ShardsConfig(), settings, command) as writer:
+    pipe = MDMPipeline.from_pretrained(path)
+    extra = {'classes': pipe.recipe.text.classes} if pipe.recipe.text.classes else {}
+    with ShardWriter(folder, config or ShardsConfig(), settings, command, extra) as writer:
         start = writer.position
-        samples = prior_samples(MDMPipeline.from_pretrained(path), prompts, seed, start=start) if start < len(prompts) else []
+        samples = prior_samples(pipe, prompts, seed, start=start) if start < len(prompts) else []
         for k, sample in enumerate(items_bar(samples, 'pictures', len(prompts), bar, start), start): writer.add(k, sample)
     return writer.manifest

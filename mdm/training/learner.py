@@ -19,7 +19,7 @@ import torch
 import fastai.callback.progress                                  # gives a `Learner` its progress bar, and `no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgSmoothLoss, Callback, CancelEpochException, Learner
-from fastai.torch_core import to_device
+from fastai.torch_core import to_device, trainable_params
 from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
@@ -34,7 +34,7 @@ from ..recipe import Recipe
 from ..text import TextEncoder
 from .callbacks import *
 from .distributed import DistributedTrainer, rank_seed
-from .optimizers import lr_factor, optimizer_of
+from .optimizers import lr_factor, optimizer_of, table_groups
 from .resume import Checkpoints, Snapshots, load_training, save_training
 from .words import SeenWords
 from ..utils.pictures import contact_sheet
@@ -261,8 +261,9 @@ def mdm_learner(
     if recipe.train.compile: model.compile()                     # in place: names of weights stay
     diffusion = Diffusion(recipe.diffusion, model.scales)
     own = training_callbacks(recipe, model, encoder, diffusion)
+    splitter = table_groups if (recipe.text.encoder, recipe.train.optimizer) == ('classes', 'muon') else trainable_params
     learn = MDMLearner(dls, model, DiffusionLoss(diffusion), opt_func=optimizer_of(recipe), lr=recipe.train.lr,
-                       cbs=[*own, *(cbs or [])])
+                       cbs=[*own, *(cbs or [])], splitter=splitter)
     learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     learn.recipe, learn.encoder, learn.steps = recipe, encoder, 0
     return learn

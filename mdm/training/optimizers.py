@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['best_quintic', 'best_quintics', 'fast_dtype', 'orthogonalize', 'Muon', 'share_out', 'byte_levels', 'to_bytes',
-           'from_bytes', 'AdamW8bit', 'optimizer_of', 'cosine_between', 'lr_factor']
+           'from_bytes', 'AdamW8bit', 'optimizer_of', 'table_groups', 'cosine_between', 'lr_factor']
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #5a199e80
 import mdm.utils.quiet                 # before fastai, see there
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
-from torch import Tensor, distributed as dist
+from torch import Tensor, distributed as dist, nn
 from torch.distributed.tensor import DTensor
 from ..recipe import Recipe
 from .sharded import full_tensor, gather_flat, shard_like
@@ -116,23 +116,28 @@ def step(self:Muon,
     for group in self.param_groups:
         params = [p for p in group['params'] if p.grad is not None]
         if not params: continue
-        self._start(params)
+        self._start(params, group)
         for p in params: self.state[p]['step'] += 1
         if group['weight_decay']: torch._foreach_mul_(params, 1 - group['lr']*group['weight_decay'])
         torch._foreach_lerp_([self.state[p]['mean'] for p in params], [p.grad for p in params], 1 - group['betas'][0])
-        matrices = [p for p in params if self.is_matrix(p)]
-        others = [p for p in params if not self.is_matrix(p)]
+        matrices = [p for p in params if self._for_muon(p, group)]
+        others = [p for p in params if not self._for_muon(p, group)]
         if matrices: self._muon(matrices, group)
         if others: self._adam(others, group)
     return loss
 
 @patch
-def _start(self:Muon, params):
+def _for_muon(self:Muon, p, group):
+    "Does Muon change this parameter? Groups with `matrices=False` are AdamW's."
+    return group.get('matrices', True) and self.is_matrix(p)
+
+@patch
+def _start(self:Muon, params, group):
     "Begin the state of parameters that have none: their own step count, the mean gradient, AdamW's mean square."
     for p in params:
         if p in self.state: continue
         self.state[p] = dict(step=0, mean=torch.zeros_like(p))
-        if not self.is_matrix(p): self.state[p]['square'] = torch.zeros_like(p)
+        if not self._for_muon(p, group): self.state[p]['square'] = torch.zeros_like(p)
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #cb6c0daf
 @patch
@@ -343,6 +348,17 @@ def optimizer_of(
     if t.optimizer not in _optimizers:
         raise ValueError(f"train.optimizer: found {t.optimizer!r}, expected one of {', '.join(_optimizers)}")
     return partial(OptimWrapper, opt=_optimizers[t.optimizer], betas=tuple(t.betas), weight_decay=t.weight_decay)
+
+# %% ../../nbs/3_training/06_optimizers.ipynb #3debe67d
+def table_groups(
+    model:nn.Module, # plain, sharded, or wrapped by `DistributedDataParallel`
+)->list: # groups of trained parameters, for fastai's `Learner`; one list of them where no table is trained
+    "Divide the parameters of a model of classes into its table and the others."
+    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_table = lambda name: name.endswith('lm_proj.weight')
+    tables = [p for name, p in own if is_table(name)]
+    others = [p for name, p in own if not is_table(name)]
+    return [dict(params=others), dict(params=tables, matrices=False)] if tables else others
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #de0d7cbe
 def cosine_between(

@@ -24,11 +24,12 @@ from fastai.learner import Callback
 from fastai.torch_core import default_device
 from tqdm.auto import tqdm
 from ..checkpoint import Checkpoint
+from ..data.classes import with_classes
 from ..data.loader import create_dls
 from ..models.clips import resolution_names
 from ..models.nested_unet import NestedUNetConfig, create_model
 from ..recipe import Recipe, load_recipe, save_recipe
-from ..text import TextConfig, TextEncoder
+from ..text import TextConfig, TextEncoder, create_text_encoder
 from .distributed import barrier, distributed_setup, peer_errors, rank_seed
 from .learner import MDMLearner, mdm_learner, output_callbacks
 from .resume import Stop, differences, newest_checkpoint, truncate_log
@@ -135,7 +136,7 @@ def build_learner(
 )->MDMLearner: # with everything that the recipe wants to be written
     "Loaders, model and callbacks of a training."
     valid_config = replace(recipe.data, files=list(valid)) if valid else None
-    dls = create_dls(recipe.data, recipe.train.batch_size, valid_config, seed=recipe.train.seed)
+    dls = create_dls(recipe.data, recipe.train.batch_size, valid_config, seed=recipe.train.seed, classes=recipe.text.classes)
     learn = make(dls, recipe, grow=not checkpoint)
     learn.add_cbs([*output_callbacks(learn, bar=True), Stop(minutes)])
     return learn
@@ -274,6 +275,7 @@ def run_training(
 )->MDMLearner|None: # with `seconds`; None: there was no step left
     "Train, or go on training. Raises what `prepare_training` and `report_training` raise, and `ConnectionError` when another process is gone."
     _check_maker(recipe, make)
+    recipe = with_classes(recipe, valid)
     distributed_setup()
     if not is_main(): warnings.simplefilter('ignore')
     with ExitStack() as lock, peer_errors():
@@ -292,6 +294,7 @@ def encoder_width(
 )->int: # numbers per token
     "Width of the embeddings. Raises `ValueError` when it cannot be known."
     if config.encoder == 'hash': return config.dim
+    if config.encoder == 'classes': return len(config.classes) + 1
     if found := re.search(r't5.*-(small|base|large|xxl|xl)$', config.encoder): return _t5_widths[found[1]]
     from transformers import AutoConfig
     try:
@@ -331,6 +334,7 @@ def random_data(
     "Loaders and a text encoder that need no files."
     b, sizes = recipe.train.batch_size, recipe.data.sizes or [(recipe.data.side,)*2]
     dls = DataLoaders(_NoiseBatches(n, b, sizes), DataLoader([], bs=b), device=default_device())
+    if recipe.text.encoder == 'classes': return dls, create_text_encoder(recipe.text)
     return dls, _NoiseEncoder(recipe.text, encoder_width(recipe.text))
 
 # %% ../../nbs/3_training/11_run.ipynb #b8fbfb36
@@ -361,8 +365,10 @@ def dry_run(
 )->tuple[float, float]: # seconds per step (the median of all but the first), and the peak of memory in GiB
     "Take a few steps of a training, print time and memory, and write no file. Raises `ValueError` when there is no step to take."
     distributed_setup()
+    recipe = with_classes(recipe)
     torch.manual_seed(rank_seed(recipe.train.seed))
-    if recipe.data.files: dls, encoder = create_dls(recipe.data, recipe.train.batch_size, seed=recipe.train.seed), None
+    data, t = recipe.data, recipe.train
+    if data.files: dls, encoder = create_dls(data, t.batch_size, seed=t.seed, classes=recipe.text.classes), None
     else: dls, encoder = random_data(recipe, steps*recipe.train.accumulate)
     learn = make(dls, recipe, [clock := _Clock()], encoder, grow=False)
     with learn.no_bar(), learn.no_logging(), peer_errors(): learn.fit_steps(steps)

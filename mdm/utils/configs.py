@@ -32,7 +32,10 @@ def violations(
     "The rules that settings break, in words."
     dot = f'{place}.' if place else ''
     rules = config.rules() if hasattr(config, 'rules') else []
-    line = lambda name, want: f'{dot}{name}: found {getattr(config, name)!r}, expected {want.replace("{place}.", dot)}'
+    def line(name, want):
+        found = repr(getattr(config, name))                  # a list of a thousand names is not shown in full
+        found = found if len(found) <= 500 else found[:500] + ' ...'
+        return f'{dot}{name}: found {found}, expected {want.replace("{place}.", dot)}'
     return [line(name, want) for broken, name, want in rules if broken]
 
 # %% ../../nbs/0_ground/04_configs.ipynb #c8fb4659

@@ -24,7 +24,7 @@ from .exchange import how_again, result_files, results_zip
 from .fields import checked_int, copy_box, has_scripts, scripted
 from .parts import Card, Fold, SideView, box, classed, example_pictures, html_text, labelled, style_sheet
 from .state import PipelineShelf, SamplerRun, SamplerSettings, Side, grid_sides, new_seed, path_moments, read_values
-from .state import avoided, example_prompts, last_seed, most_pictures, styles, walk_together, word_hint
+from .state import avoided, class_labels, example_prompts, last_seed, most_pictures, styles, walk_together, word_hint
 
 # %% ../../nbs/4_use/13_sampler_widget.ipynb #581e3592
 _labels = dict(segments='Segments of the student', eta='Eta (fresh noise)', threshold='Thresholding',
@@ -266,16 +266,30 @@ def _toggle_settings(self:SamplerWidget):
     shown = 'mdm-shown' in self.fields._dom_classes
     (self.fields.remove_class if shown else self.fields.add_class)('mdm-shown')
 
+# %% ../../nbs/4_use/13_sampler_widget.ipynb #8cb68aaa
 @patch
 def _offer_prompts(self:SamplerWidget,
     prompts:list[str], # of which each becomes a button
+    classes:list[str]=(), # names of classes to choose from, the only prompts that the model knows; none: any text
 ):
-    "Offer prompts to begin with."
+    "Offer prompts to begin with. Styles and words to avoid are for models of texts alone."
     def button(prompt):
         o = W.Button(description=prompt, tooltip=f'Take this prompt: {prompt}')
         o.on_click(lambda _: setattr(self.prompt, 'value', prompt))
         return o
-    self.examples.children = [button(o) for o in prompts]
+    self.examples.children = [*self._class_field(classes), *(button(o) for o in prompts)]
+    for field, known in ((self.style_, styles), (self.avoid, avoided)):
+        if classes: field.value = next(iter(known))
+        field.disabled = bool(classes)
+
+@patch
+def _class_field(self:SamplerWidget, classes):
+    "A field that completes the names of classes; a whole name becomes the prompt."
+    if not classes: return []
+    field = labelled(W.Combobox(options=list(classes), placeholder=f'{len(classes):,} classes', ensure_option=True), 'Class',
+                     'Type the beginning of a name, and choose')
+    field.observe(lambda change: change.new and setattr(self.prompt, 'value', change.new), 'value')
+    return [field]
 
 # %% ../../nbs/4_use/13_sampler_widget.ipynb #87f8d421
 @patch
@@ -425,7 +439,7 @@ def _load_now(self:SamplerWidget, side):
 def _show_model(self:SamplerWidget, pipe, name):
     "Prompts, and before the first run also pictures and noise schedule, of the first model."
     prompts = example_prompts(pipe.recipe)
-    self._offer_prompts(prompts)
+    self._offer_prompts(prompts, class_labels(pipe.recipe))
     self.edit.fit(pipe)
     self.words = self.shelf.words(name)
     self._show_hint()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['styles', 'avoided', 'most_pictures', 'longest_prompt', 'most_sides', 'last_seed', 'modes', 'usual_strength',
-           'most_text', 'path_bytes', 'path_frames', 'path_side', 'example_prompts', 'SamplerSettings', 'grid_sides',
-           'read_values', 'new_seed', 'bring_into', 'packed', 'unpacked', 'shrink', 'Frame', 'Side', 'walk_together',
-           'path_moments', 'SamplerRun', 'PipelineShelf', 'shapes_words', 'known_words', 'unknown_words', 'word_hint']
+           'most_text', 'path_bytes', 'path_frames', 'path_side', 'class_labels', 'example_prompts', 'SamplerSettings',
+           'grid_sides', 'read_values', 'new_seed', 'bring_into', 'packed', 'unpacked', 'shrink', 'Frame', 'Side',
+           'walk_together', 'path_moments', 'SamplerRun', 'PipelineShelf', 'shapes_words', 'known_words',
+           'unknown_words', 'word_hint']
 
 # %% ../../nbs/4_use/07_widget_state.ipynb #ea6e7da4
 import base64, hashlib, json, math, secrets, threading, time
@@ -29,6 +30,7 @@ from ..pipeline import MDMPipeline, paint_mask
 from ..checkpoint import load_checkpoint
 from ..recipe import Recipe
 from ..text import split_words
+from ..utils.class_names import ClassNames
 from ..utils.configs import config_class
 from ..utils.files import bundled, readable
 from ..utils.pictures import from_pil, png_bytes, signal_to_pixels
@@ -52,6 +54,13 @@ avoided = {  # name -> words for the negative prompt
     'dull pictures': 'dull colours, empty, cropped, badly lit',
 }
 
+# %% ../../nbs/4_use/07_widget_state.ipynb #7d6999da
+def class_labels(
+    recipe:Recipe, # of the model
+)->list[str]: # a name for each class; none for a model of texts
+    "The names that a model of classes can be asked for."
+    return ClassNames(recipe.text.classes).labels if recipe.text.classes else []
+
 # %% ../../nbs/4_use/07_widget_state.ipynb #01fb1c4a
 _general_examples = ['a lighthouse on a cliff at sunset', 'a bowl of ripe lemons on a blue table',
                      'a small dog asleep in a wicker basket', 'an old tram in a rainy street', 'a hot-air balloon over green hills']
@@ -60,6 +69,7 @@ def example_prompts(
     recipe:Recipe, # of the model
 )->list[str]: # prompts that this model has learned to draw
     "Prompts to begin with."
+    if labels := class_labels(recipe): return [*dict.fromkeys([*recipe.train.preview_prompts, *labels[:5]])][:5]
     shapes = shapes_captions(5, 1, plain=True) if recipe.name == 'shapes' else []
     return recipe.train.preview_prompts + shapes or _general_examples
 
