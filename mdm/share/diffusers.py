@@ -108,14 +108,15 @@ def forward(self:MDMUNet,
 @patch(cls_method=True)
 def from_pretrained(cls:MDMUNet,
     path:str|Path, # folder of the component, a checkpoint with a config.json, or a repository of the Hub
-    **kwargs, # `torch_dtype` or `dtype`; for others see `ModelMixin.from_pretrained`
+    **kwargs, # `dtype`; for others see `ModelMixin.from_pretrained`
 )->MDMUNet: # in evaluation mode; raises ValueError for weights that do not fit
     "Load a network."
     folder = Path(path)/(kwargs.get('subfolder') or '')
     if not (folder/'model.safetensors').is_file(): return super(MDMUNet, cls).from_pretrained(path, **kwargs)
     unet = cls.from_config(cls.load_config(folder))
     load_weights(unet.net, load_file(folder/'model.safetensors'), folder)
-    return unet.to(kwargs.get('dtype') or kwargs.get('torch_dtype') or torch.float32).eval()
+    kind = kwargs.get('dtype') or kwargs.get('torch_dtype') or torch.float32
+    return nn.Module.to(unet, kind).eval()                   # `to` of diffusers warns of every conversion
 
 # %% ../../nbs/4_use/17_diffusers.ipynb #d451cddc
 def _read(cls, values, place):
