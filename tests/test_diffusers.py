@@ -1,5 +1,5 @@
 "A checkpoint as a pipeline of diffusers: the same pictures, callbacks and schedulers as its users expect, and the way there and back."
-import json, shutil, sys
+import io, json, shutil, sys
 import diffusers, numpy as np, pytest, torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
@@ -50,9 +50,9 @@ def pipe(ours): return quiet(MDMDiffusionPipeline.from_mdm(ours))
 @pytest.mark.parametrize('wishes', [{}, dict(solver='ddpm'), dict(eta=.7), dict(solver='consistency', segments=2), dict(guidance_parallel=.2, guidance_momentum=-.5), dict(guidance_networks='inner'),
     dict(solver='dpm++2m', threshold='dynamic', guidance_interval=(.2, .8)), dict(guidance=1., spacing='trailing')], ids=str)
 def test_same_pictures(pipe, ours, wishes):
-    want = ours([prompt, 'a blue ring'], n=2, seed=5, negative_prompt='green', every_resolution=True, **wishes)
+    want = ours([prompt, 'a blue circle'], n=2, seed=5, negative_prompt='green', every_resolution=True, **wishes)
     named = {'guidance_scale' if k == 'guidance' else k: v for k, v in wishes.items()}
-    found = pipe([prompt, 'a blue ring'], negative_prompt='green', num_images_per_prompt=2, generator=seeds(4, 5), **named)
+    found = pipe([prompt, 'a blue circle'], negative_prompt='green', num_images_per_prompt=2, generator=seeds(4, 5), **named)
     for a, b in zip([found.images, *found.inner_images], want): assert (pixels(a) == pixels(b)).all()
 
 def test_outer_networks_join_late():
@@ -164,6 +164,11 @@ def test_callbacks_see_change_and_stop(pipe):
     assert count == [0, 1, 4, 4, 4, 4]
     with pytest.raises(ValueError, match='expected some of latents, inner_latents'): pipe(prompt, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=['noise'])
 
+def test_a_progress_bar_counts_the_steps(pipe):
+    pipe.set_progress_bar_config(file=(shown := io.StringIO()), mininterval=0)
+    pipe(prompt)
+    assert '4/4' in shown.getvalue()
+
 def test_a_callback_of_diffusers_turns_guidance_off(pipe, ours):
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda m, args: calls.append(len(args[0][0])))
@@ -190,7 +195,7 @@ def test_calls(pipe):
     pipe.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match='solver: this is a setting of MDMScheduler'): pipe(prompt, solver='ddpm')
 
-def test_half_precision(bundled_folder):
+def test_half_precision(bundled_folder, tmp_path):
     "Weights in bfloat16 draw about the same picture, with all precision kept outside of the network."
     half = quiet(MDMDiffusionPipeline.from_pretrained(bundled_folder, dtype=torch.bfloat16))
     full = quiet(MDMDiffusionPipeline.from_pretrained(bundled_folder, bf16=False))
@@ -198,6 +203,9 @@ def test_half_precision(bundled_folder):
     a, b = (o(prompt, generator=seeds(1), output_type='pt').images for o in (half, full))
     assert a.dtype == torch.float32 and (a - b).abs().mean() < .03
     with pytest.raises(ValueError, match='float32'): half(prompt, guidance_scale=2., guidance_networks='inner')
+    half.save_pretrained(tmp_path, variant='bf16')
+    again = quiet(DiffusionPipeline.from_pretrained(tmp_path, variant='bf16', dtype=torch.bfloat16, trust_remote_code=True))
+    assert (tmp_path/'unet'/'diffusion_pytorch_model.bf16.safetensors').is_file() and torch.equal(again(prompt, generator=seeds(1), output_type='pt').images, a)
     assert half.to(torch.float32).unet.dtype == torch.float32
 
 def test_text_encoder_of_transformers(tmp_path):

@@ -8,7 +8,13 @@ __all__ = ['fitting_schedulers', 'MDMUNet', 'MDMScheduler', 'MDMSchedulerOutput'
            'add_model_index']
 
 # %% ../../nbs/4_use/17_diffusers.ipynb #4b1794a7
-try: import diffusers
+try:
+    import diffusers
+    from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.utils import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
 except ImportError as e:
     raise ImportError(f"mdm.share.diffusers needs the package diffusers ({e}): "
                       "pip install 'matryoshka-diffusion[share]'") from None
@@ -17,16 +23,11 @@ except ImportError as e:
 import inspect, json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from ..pipeline import MDMPipeline
 from ..recipe import Recipe, build_recipe, read_model, recipe_dict, valid_keys
 from ..text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder, round_up_tokens
 from ..utils.configs import ConfigError, changed, read_config
-from ..utils.files import atomic_write, readable
+from ..utils.files import atomic_write
 from ..utils.pictures import to_pil
 
 # %% ../../nbs/4_use/17_diffusers.ipynb #6b36474f
@@ -143,7 +144,12 @@ class MDMScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self): return self.config.num_train_timesteps
 
-    def scale_model_input(self, sample, timestep=None): return sample
+    def scale_model_input(self,
+        sample:Tensor|list[Tensor], # noisy pictures
+        timestep:Tensor|int|None=None, # one of `timesteps`
+    )->Tensor|list[Tensor]: # the same
+        "Give the network's input: noisy pictures are not rescaled."
+        return sample
 
 # %% ../../nbs/4_use/17_diffusers.ipynb #2dc01aed
 @patch
@@ -247,11 +253,19 @@ class ResolutionSchedulers:
             betas = (1 - powers[1:]/powers[:-1]).tolist()
             self.parts.append(type(scheduler)(**{**values, 'trained_betas': betas}))
 
-    def set_timesteps(self, num_inference_steps, device=None):
+    def set_timesteps(self,
+        num_inference_steps:int, # network calls
+        device:str|torch.device|None=None, # where `timesteps` are wanted
+    ):
+        "Begin a batch of pictures."
         for part in self.parts: part.set_timesteps(num_inference_steps, device=device)
         self.timesteps = self.parts[0].timesteps
 
-    def first(self, timestep): return 0                      # all networks run
+    def first(self,
+        timestep:Tensor|int, # one of `timesteps`
+    )->int: # 0
+        "The number of the highest resolution whose network runs: all do."
+        return 0
 
 # %% ../../nbs/4_use/17_diffusers.ipynb #0ca48b60
 @patch
@@ -368,7 +382,8 @@ def from_mdm(cls:MDMDiffusionPipeline,
 )->MDMDiffusionPipeline: # on the same device, with the same weights
     "Make a pipeline of diffusers."
     recipe, scales = recipe_dict(pipe.recipe), pipe.model.scales
-    model, diffusion = recipe.pop('model'), recipe.pop('diffusion')
+    diffusion = recipe.pop('diffusion')
+    del recipe['model']                                      # stands in the config of the network
     scheduler = MDMScheduler(diffusion['num_steps'], diffusion, recipe['sample'], scales)
     text_encoder, tokenizer = _text_parts(pipe.encoder)
     found = cls(MDMUNet.from_mdm(pipe.model, pipe.recipe), scheduler, text_encoder, tokenizer, recipe, pipe.bf16)
