@@ -44,8 +44,14 @@ def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+@pytest.fixture(scope='module')
+def made(ours): return quiet(MDMDiffusionPipeline.from_mdm(ours))
+
 @pytest.fixture
-def pipe(ours): return quiet(MDMDiffusionPipeline.from_mdm(ours))
+def pipe(made):
+    scheduler = made.scheduler
+    yield quiet(made)
+    made.scheduler = scheduler
 
 @pytest.mark.parametrize('wishes', [{}, dict(solver='ddpm'), dict(eta=.7), dict(solver='consistency', segments=2), dict(guidance_parallel=.2, guidance_momentum=-.5), dict(guidance_networks='inner'),
     dict(solver='dpm++2m', threshold='dynamic', guidance_interval=(.2, .8)), dict(guidance=1., spacing='trailing')], ids=str)
@@ -69,9 +75,11 @@ def test_bundled_model_by_diffusers_and_back(bundled_folder, tmp_path):
     want = MDMPipeline.from_pretrained('shapes_fast', device='cpu')
     assert type(found) is MDMDiffusionPipeline and found.autocasts and list(found.unet.state_dict()) == list(want.model.state_dict())
     again = quiet(DiffusionPipeline.from_pretrained(str(bundled_folder), custom_pipeline=str(bundled_folder/'pipeline.py'), trust_remote_code=True))
-    for o in (found, again): assert (pixels(o(prompt, num_images_per_prompt=2, generator=seeds(2)).images) == pixels(want(prompt, n=2))).all()
+    pictures = pixels(want(prompt, n=2))
+    assert (pixels(found(prompt, num_images_per_prompt=2, generator=seeds(2)).images) == pictures).all()
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.state_dict().values(), want.model.state_dict().values()))
     back = MDMPipeline.from_pretrained(from_diffusers(found, tmp_path/'back'), device='cpu')
-    assert back.recipe == want.recipe and (pixels(back(prompt, n=1)) == pixels(want(prompt, n=1))).all()
+    assert back.recipe == want.recipe and (pixels(back(prompt, n=2)) == pictures).all()
 
 def test_code_of_a_folder_runs_only_when_it_is_trusted(bundled_folder, tmp_path):
     with pytest.raises(ValueError, match='trust_remote_code=True'): DiffusionPipeline.from_pretrained(bundled_folder)
@@ -82,12 +90,12 @@ def test_code_of_a_folder_runs_only_when_it_is_trusted(bundled_folder, tmp_path)
 def test_our_folder_as_it_is(tmp_path):
     shutil.copytree(bundled/'shapes_fast', tmp_path/'own')
     add_model_index(tmp_path/'own')
+    want = MDMPipeline.from_pretrained(tmp_path/'own', device='cpu')(prompt, n=1, steps=1)
     pipe = quiet(DiffusionPipeline.from_pretrained(tmp_path/'own', custom_pipeline='pipeline', trust_remote_code=True))
-    want = MDMPipeline.from_pretrained(tmp_path/'own', device='cpu')
-    assert (pixels(pipe(prompt, generator=seeds(1)).images) == pixels(want(prompt, n=1))).all()
-    (tmp_path/'own'/'recipe.yaml').unlink()                     # a download from the Hub has only the files that diffusers knows
-    (tmp_path/'own'/'state.json').unlink()
-    assert (pixels(quiet(MDMDiffusionPipeline.from_pretrained(tmp_path/'own'))(prompt, generator=seeds(1)).images) == pixels(want(prompt, n=1))).all()
+    assert (pixels(pipe(prompt, num_inference_steps=1, generator=seeds(1)).images) == pixels(want)).all()
+    for name in ('recipe.yaml', 'state.json'): (tmp_path/'own'/name).unlink()          # a download from the Hub has only the files that diffusers knows
+    alone = quiet(MDMDiffusionPipeline.from_pretrained(tmp_path/'own'))
+    assert (pixels(alone(prompt, num_inference_steps=1, generator=seeds(1)).images) == pixels(want)).all()
 
 def test_weights_that_do_not_fit_are_refused(ours, tmp_path):
     add_model_index(save_checkpoint(tmp_path/'own', ours.recipe, ours.model.state_dict()))
@@ -121,6 +129,7 @@ def test_ddim_of_diffusers_is_ours(pipe, plain):
         for a, b in zip([found.images, *found.inner_images], [want.images, *want.inner_images]): assert abs(a - b).max() < 2e-3 and a.std() > .02
         pipe.scheduler = ours
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')       # of NumPy, about lines of diffusers
 @pytest.mark.parametrize('name', share.fitting_schedulers)
 def test_other_schedulers_that_fit(pipe, name):
     pipe.scheduler = getattr(diffusers, name)()
