@@ -242,9 +242,10 @@ class HFEncoder(TextEncoder):
     def __init__(self,
         config:TextConfig, # `config.encoder` is a name on the hub or a folder
         cache_size:int=1024, # prompts to keep the results of
+        loaded:tuple|None=None, # (tokenizer, model) that are loaded already; None: what `config` names
     ):
         super().__init__(config, cache_size)
-        self.tokenizer, self.model = load_hf(config)
+        self.tokenizer, self.model = loaded or load_hf(config)
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
         self.max_tokens = min(config.max_tokens, self.tokenizer.model_max_length)
         self.blank = '' if self.tokenizer('')['input_ids'] else self.tokenizer.pad_token   # the empty prompt needs a token
