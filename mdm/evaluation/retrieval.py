@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RetrievalConfig', 'read_captioned', 'plain_caption', 'find_concepts', 'Distractors', 'picture_network',
-           'CaptionNetwork', 'Retrieval', 'disturb', 'contrastive_loss', 'fit_retrieval']
+           'CaptionNetwork', 'Retrieval', 'disturb', 'contrastive_loss', 'fit_retrieval', 'picked_right',
+           'measure_retrieval', 'train_retrieval', 'save_retrieval', 'load_retrieval', 'retrieval_score']
 
 # %% ../../nbs/4_use/21_retrieval.ipynb #ebb684f2
 import json, random
@@ -21,7 +22,7 @@ from ..data.samples import PICTURES, Skip, get_captions, load_picture
 from ..data.stream import find_shards, read_shard
 from .distances import score
 from .features import resize_bicubic
-from ..text import TextEncoder, create_text_encoder
+from ..text import create_text_encoder
 from ..utils.configs import config_class, read_config
 from ..utils.files import atomic_folder
 
@@ -34,7 +35,7 @@ class RetrievalConfig:
     layers: PositiveInt = 4           # layers of the picture network; each halves the side
     dim: PositiveInt = 128            # width of the vectors of pictures and captions
     word_dim: PositiveInt = 512       # width of the vector of a word
-    steps: PositiveInt = 1000         # training steps
+    steps: PositiveInt = 600          # training steps
     batch_size: PositiveInt = 128     # pictures in a step; each is compared with the captions of all others
     lr: PositiveFloat = 2e-3          # learning rate at its highest
     seed: NonNegativeInt = 0          # of weights, order and changes of the pictures
@@ -70,7 +71,9 @@ def find_concepts(
     captions:list[list[str]], # of each picture
 )->list[list[str]]: # the different sets of captions, in the order in which they appear
     "Put pictures with the same captions together."
-    return [*{frozenset(map(plain_caption, o)): o for o in reversed(captions)}.values()][::-1]
+    found = {}
+    for texts in captions: found.setdefault(frozenset(map(plain_caption, texts)), texts)
+    return [*found.values()]
 
 # %% ../../nbs/4_use/21_retrieval.ipynb #ef721e68
 class Distractors:
@@ -135,6 +138,7 @@ class Retrieval(nn.Module):
         self.pictures, self.captions = picture_network(config), CaptionNetwork(config)
         self.scale = nn.Parameter(torch.tensor(2.3))         # logarithm of what the cosines are multiplied by
         self.encoder, self.facts = create_text_encoder('hash', dim=config.word_dim), {}
+        self.vectors = {}                                    # of captions that were asked for, once it is trained
 
     def embed_pictures(self,
         x:Tensor, # [B,3,H,W] uint8, or float from 0 to 1 at the judge's own size
@@ -210,7 +214,7 @@ def _step(judge, optimizer, schedule, x, captions, rows, step):
     loss.backward()
     optimizer.step()
     schedule.step()
-    return float(loss)
+    return float(loss.detach())
 
 # %% ../../nbs/4_use/21_retrieval.ipynb #e4bd8b0f
 def fit_retrieval(
@@ -225,6 +229,7 @@ def fit_retrieval(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c.lr, total_steps=c.steps, pct_start=.1)
     rows, size = torch.empty(0, dtype=torch.long), min(c.batch_size, len(x))
     judge.train().to(memory_format=torch.channels_last)
+    judge.vectors.clear()
     for step in range(c.steps):
         if len(rows) < size: rows = torch.cat([rows, torch.randperm(len(x), generator=order)])
         losses.append(_step(judge, optimizer, schedule, x, captions, rows[:size].tolist(), step))
@@ -232,3 +237,107 @@ def fit_retrieval(
         if progress: progress('training', step + 1, c.steps)
     judge.eval()
     return losses
+
+# %% ../../nbs/4_use/21_retrieval.ipynb #b1e98af8
+@torch.no_grad()
+def picked_right(
+    judge:Retrieval, # a trained one
+    pictures:Tensor, # uint8 [B,3,H,W]
+    captions:list[str], # what each should show
+    k:int|None=None, # captions to choose from, the right one included; None: as many as in the judge's own measurement, or 32
+    seeds:Iterable|None=None, # for each picture, of the wrong captions; None: 0, 1, ...
+)->list[float]: # for each picture 1 or 0: is the right caption the nearest?
+    "Ask which of k captions every picture shows. Raises `ValueError` where the judge knows too few captions."
+    marks, p, k = [], judge.embed_pictures(pictures.to(judge.scale.device)), k or judge.facts.get('k', 32)
+    for row, text, seed in zip(p, captions, range(len(captions)) if seeds is None else seeds):
+        texts = [text, *judge.distractors.draw(text, k - 1, seed)]
+        if new := [t for t in texts if t not in judge.vectors]: judge.vectors.update(zip(new, judge.embed_captions(new)))
+        close = torch.stack([judge.vectors[t] for t in texts]) @ row
+        marks.append(float(close[0] > close[1:].max()))
+    return marks
+
+# %% ../../nbs/4_use/21_retrieval.ipynb #47f9b12b
+def measure_retrieval(
+    judge:Retrieval, # a trained one
+    x:Tensor, # held-back pictures, uint8 [N,3,S,S]
+    captions:list[list[str]], # of each
+    k:int=32, # captions to choose from
+)->dict: # value, se and n over all, and of pictures that are asked for by a caption that is new to the judge
+    "How often does the judge pick the right caption of real pictures?"
+    asked = [random.Random(i).choice(o) for i, o in enumerate(captions)]
+    marks = [m for i in range(0, len(x), 64)
+        for m in picked_right(judge, x[i:i + 64], asked[i:i + 64], k, range(i, i + 64))]
+    known = judge.distractors.places
+    new = [m for m, t in zip(marks, asked) if plain_caption(t) not in known]
+    row = lambda o: {n: v for n, v in score(o, share=True).items() if n in ('value', 'se', 'n')} if o else None
+    return dict(all=row(marks), new_captions=row(new))
+
+# %% ../../nbs/4_use/21_retrieval.ipynb #5a186b3c
+def train_retrieval(
+    files:list[str], # shards of captioned pictures
+    folder:str|Path, # where the judge goes; an earlier one is replaced
+    config:RetrievalConfig|None=None, # how it is built and trained; None: the defaults
+    valid:list[str]|None=None, # shards of held-back renderings; None: the training pictures at other places and sizes
+    progress:Callable|None=None, # called with ('training', steps done, in all)
+    k:int=32, # captions to choose from
+)->Retrieval: # the judge, whose `facts` are in the folder too
+    "Train a judge and save it. Raises `ValueError` when there are too few different captions."
+    config = config or RetrievalConfig()
+    x, captions = read_captioned(files, config.size)
+    torch.manual_seed(config.seed)
+    judge = Retrieval(config, find_concepts(captions))
+    for texts in captions[:1]: judge.distractors.draw(texts[0], k - 1, 0)      # fails before the training
+    losses = fit_retrieval(judge, x, captions, progress)
+    if valid: held = read_captioned(valid, config.size)
+    else: held = (255*disturb(x/255, 'held back', damage=False)).round().to(torch.uint8), captions
+    judge.facts = dict(ceiling=measure_retrieval(judge, *held, k), k=k, pictures=len(x), concepts=len(judge.distractors.concepts),
+                       held='other shards' if valid else 'training pictures, moved and scaled', loss=float(np.mean(losses[-20:])))
+    save_retrieval(judge, folder)
+    return judge
+
+def save_retrieval(
+    judge:Retrieval, # a trained one
+    folder:str|Path, # an earlier one is replaced
+):
+    "Write `retrieval.safetensors` and `retrieval.json` into a folder."
+    from safetensors.torch import save_file
+    weights = {k: v.contiguous() for k, v in judge.state_dict().items()}
+    with atomic_folder(folder) as f:
+        save_file(weights, f/'retrieval.safetensors')
+        about = dict(format=1, config=asdict(judge.config), facts=judge.facts, concepts=judge.distractors.concepts)
+        (f/'retrieval.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
+
+# %% ../../nbs/4_use/21_retrieval.ipynb #44bd2133
+def load_retrieval(
+    folder:str|Path, # from `train_retrieval`
+    device:str|torch.device='cpu', # where to compute
+)->Retrieval: # ready to be asked
+    "Load a judge. Raises `FileNotFoundError`, or `ValueError` for a folder that holds something else."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder = Path(folder)
+    for name in ('retrieval.json', 'retrieval.safetensors'):
+        if (folder/name).is_file(): continue
+        raise FileNotFoundError(f'retrieval: there is no file {folder/name}; make a judge with mdm_evaluate --retrieval {folder} '
+            '--train-retrieval SHARDS, or with train_retrieval')
+    try:
+        about = json.loads((folder/'retrieval.json').read_text(encoding='utf-8'))
+        config, problems = read_config(RetrievalConfig, about['config'], 'retrieval')
+        if problems: raise ValueError('; '.join(problems))
+        judge = Retrieval(config, about['concepts'])
+        judge.load_state_dict(load_file(folder/'retrieval.safetensors'))
+        judge.facts = about['facts']
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f'retrieval: {folder} does not hold a judge that can be read: {e}') from None
+    return judge.to(device).eval()
+
+# %% ../../nbs/4_use/21_retrieval.ipynb #6327a4d5
+def retrieval_score(
+    judge:Retrieval, # that picked
+    marks:Iterable, # from `picked_right`, for every picture
+)->dict: # value, se, n, better, values; ceiling: the same of real pictures, chance, and a warning where the ceiling is low
+    "The share of pictures whose caption the judge picked."
+    ceiling, chance = judge.facts['ceiling']['all']['value'], 1/judge.facts['k']
+    warning = (f'the judge of retrieval picks the right caption of only {ceiling:.0%} of real pictures: train it longer, or on more '
+               'pictures') if ceiling < .8 else None
+    return score(marks, share=True) | dict(ceiling=ceiling, chance=chance, warning=warning)

@@ -124,7 +124,7 @@ def sweep_rows(
         rows.append((f"{o['width']:g}", f"{o['guidance']:g}", *scores))
     return rows
 
-_shown = ('fid', 'clip', 'accuracy.all', 'open', 'crisp')    # scores with a heat map; the others are in the table
+_shown = ('fid', 'fd_dinov2', 'kid', 'cmmd', 'clip', 'retrieval', 'accuracy.all', 'open', 'crisp')    # scores with a heat map; the others are in the table
 
 def _matrix(cells, key):
     "(widths, guidances, values [widths,guidances], the best one's place) of a score."
