@@ -15,6 +15,7 @@ from .command import *
 @contextmanager
 def stage_bars(
     shown:bool=True, # False: none
+    unit:str='pictures', # what is counted, in the plural
 ): # a context that yields `progress(what, done, in all or None)`
     "A progress bar for each stage of some work, one after another."
     from mdm.utils.progress import bar as start_bar
@@ -22,7 +23,7 @@ def stage_bars(
     def progress(what, done, total):
         if what not in bars:
             for bar in bars.values(): bar.close()
-            bars[what] = start_bar(None, what, total, 'pictures', show=shown)
+            bars[what] = start_bar(None, what, total, unit, show=shown)
         bars[what].update(done - bars[what].n)
     try: yield progress
     finally:
@@ -165,14 +166,11 @@ def _evaluate_command(
 def _train_judge(args):
     "Train the judge that picks captions, and say how good it is."
     from mdm.evaluation.retrieval import train_retrieval
-    from mdm.utils.progress import bar as start_bar
-    bars = []
-    def progress(what, done, total):
-        if not bars: bars.append(start_bar(None, what, total, 'steps'))
-        bars[0].update(done - bars[0].n)
+    from mdm.utils.ranks import rank_and_world
+    if rank_and_world()[1] > 1: raise ValueError('--train-retrieval works in one process: start it without torchrun or accelerate launch')
     check_output(args.retrieval)
-    judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress)
-    for bar in bars: bar.close()
+    with stage_bars(unit='steps') as progress:
+        judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress)
     facts = judge.facts
     print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of {facts['k']} captions it picks "
           f"the right one of {facts['ceiling']['all']['value']:.1%} of the held-back pictures ({facts['held']})")

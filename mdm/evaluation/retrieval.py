@@ -281,8 +281,10 @@ def train_retrieval(
     progress:Callable|None=None, # called with ('training', steps done, in all)
     k:int=32, # captions to choose from
 )->Retrieval: # the judge, whose `facts` are in the folder too
-    "Train a judge and save it. Raises `ValueError` when there are too few different captions."
-    config = config or RetrievalConfig()
+    "Train a judge and save it. Raises `ValueError` for too few captions, `FileExistsError` for a folder of something else."
+    config, folder = config or RetrievalConfig(), Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'retrieval.json').exists())):
+        raise FileExistsError(f'{folder} holds something that is no judge of retrieval: choose another folder')
     x, captions = read_captioned(files, config.size)
     torch.manual_seed(config.seed)
     judge = Retrieval(config, find_concepts(captions))
