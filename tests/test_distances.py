@@ -1,14 +1,13 @@
 "Distances between sets of pictures, the networks behind them, and the judge that picks captions."
-import json, os, shutil
-from functools import partial
-from pathlib import Path
+import json, shutil
 import numpy as np, pytest, torch
+from PIL import Image
 from torch import Tensor, nn
 from mdm.cli.evaluate import mdm_evaluate
 from mdm.data.shapes import all_shapes, caption, draw, write_shapes
 from mdm.data.shards import add_sample
 from mdm.data.captions import caption_files
-from mdm.evaluation import evaluate as evaluation, features as features_module
+from mdm.evaluation import evaluate as evaluation
 from mdm.evaluation.distances import *
 from mdm.evaluation.evaluate import EvaluateConfig, compare_runs, evaluate, reference_path
 from mdm.evaluation.features import *
@@ -18,6 +17,7 @@ from mdm.utils.pictures import pixel_tensors, png_bytes
 from tiny_models import pipe
 
 rng = np.random.default_rng(0)
+def to_image(o): return Image.fromarray(o.permute(1, 2, 0).numpy())
 def cloud(n, d=6, shift=0., scale=1., seed=0): return np.random.default_rng(seed).normal(size=(n, d))*scale + shift
 
 # ---- distances
@@ -98,21 +98,16 @@ def networks(tmp_path_factory):
 
 def test_extractors_prepare_as_their_papers_do(networks):
     from transformers import CLIPModel, Dinov2Model
-    from torchvision.transforms.functional import resize
     pictures = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         x = torch.nn.functional.interpolate(pictures/255, size=(32, 32), mode='bicubic')
         mean, std = (torch.tensor(o).view(3, 1, 1) for o in ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]))
         wanted = CLIPModel.from_pretrained(networks['clip']).get_image_features(pixel_values=(x - mean)/std)
         assert torch.allclose(load_extractor(networks['clip'])(pictures), getattr(wanted, 'pooler_output', wanted), atol=1e-5)
-        x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/255 for p in (resize(o, [224, 224], 3) for o in map(to_image, pictures))])
+        x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/255 for p in (to_image(o).resize((224, 224), Image.Resampling.BICUBIC) for o in pictures)])
         mean, std = (torch.tensor(o).view(3, 1, 1) for o in ([.485, .456, .406], [.229, .224, .225]))
         wanted = Dinov2Model.from_pretrained(networks['dinov2'])(pixel_values=(x - mean)/std).pooler_output
         assert torch.allclose(load_extractor(networks['dinov2'])(pictures), wanted, atol=2e-2)      # Pillow rounds once more
-
-def to_image(o):
-    from PIL import Image
-    return Image.fromarray(o.permute(1, 2, 0).numpy())
 
 def test_colours_of_the_folder(networks, tmp_path):
     shutil.copytree(networks['dinov2'], tmp_path/'net')
@@ -202,6 +197,7 @@ def test_runs_are_compared(whole, pipe, networks, shards, judge, tmp_path):
     compared = compare_runs(base/'run', tmp_path/'run', tmp_path/'both')
     notes = '\n'.join(compared['notes'])
     assert 'CMMD is not compared: it was measured with different networks' in notes and 'FD-DINOv2 is not compared: it was measured on different numbers' in notes and 'recall is not compared' in notes
+    assert compared['judges']['kid']['weights'] == found['judges']['kid']['weights'] and 'cmmd' not in compared['judges']
     assert compared['scores']['retrieval']['difference']['n'] == 20 and 'kid' in compared['scores']
 
 def test_buckets_are_judged_on_squares(pipe, shards, tmp_path, monkeypatch):
@@ -219,7 +215,7 @@ def test_captions_of_a_picture_are_no_distractors():
         drawn = pool.draw('object 3', 31, seed)
         assert len({*drawn}) == 31 and not {*drawn} & {'thing 3', 'object 3', 'thing'} and len({o.split()[-1] for o in drawn}) == 31
         assert not any(o in texts for o in pool.draw('thing', 31, seed) for texts in concepts[:5])
-        assert len(pool.draw('Never Seen', 31, seed)) == 31
+        assert len(pool.draw('Never Seen', 31, seed)) == 31 and 'thing 7' not in pool.draw('a drawing of thing 7', 31, seed)
     assert pool.draw('object 3', 31, 1) != pool.draw('object 3', 31, 2)
     with pytest.raises(ValueError, match='31 are needed'): Distractors(concepts[:31]).draw('object 3', 31, 0)
 

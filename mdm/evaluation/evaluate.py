@@ -230,6 +230,8 @@ def _belongs(key, old, new):
 _KINDS = ('accuracy', 'crisp', 'open', 'retrieval', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'precision', 'recall', 'density',
           'coverage', 'loss')
 
+def _warnings(scores): return [*dict.fromkeys(o['warning'] for o in scores.values() if o.get('warning'))]
+
 def _in_order(scores): return dict(sorted(scores.items(), key=lambda o: _KINDS.index(o[0].partition('.')[0])))
 
 def with_earlier(
@@ -246,7 +248,7 @@ def with_earlier(
     source = old if not new['data'] and kept.keys() - {'clip', 'retrieval'} else new        # whose real pictures the scores are of
     loss = new['loss'] or (old['loss'] if any(k.startswith('loss') for k in kept) else None)
     return new | dict(data=source.get('data'), files=source.get('files'), scores=scores, judges=judges, loss=loss,
-                      warnings=[o['warning'] for o in scores.values() if o.get('warning')])
+                      warnings=_warnings(scores))
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #28ba3475
 _SQUARES = ('the model was trained on pictures of several shapes (data.buckets), but this evaluation draws squares and cuts '
@@ -264,9 +266,9 @@ def _results(folder, pipe, captions, data, config, settings, parts, features, ot
     results = with_earlier(folder, dict(
         format=1, name=config.name or folder.name, settings=settings,
         data=[*map(redact, data)] if data else kept.get('data'), files=files or kept.get('files'), judges=judges,
-        warnings=[o['warning'] for o in scores.values() if o.get('warning')],
+        warnings=_warnings(scores),
         scores=scores, loss=loss, captions=captions, found=found))
-    results['warnings'] = [*dict.fromkeys(results['warnings'])] + [_SQUARES]*bool(pipe.recipe.data.buckets)
+    results['warnings'] += [_SQUARES]*bool(pipe.recipe.data.buckets)
     return results
 
 def _write(folder, results, embed):
@@ -404,7 +406,7 @@ def compare_runs(
     b:str|Path, # folder of another
     folder:str|Path, # where `compare.html` and `compare.json` go
     embed:int=400, # most captions in the gallery
-)->dict: # what `compare.json` holds: names, pairs, notes, and for every score a, b and difference
+)->dict: # what `compare.json` holds: names, pairs, notes, judges (networks), and for every score a, b and difference
     "Put two runs side by side. Raises `FileNotFoundError`, or `ValueError` when they have nothing in common."
     runs, folder = [read_results(a), read_results(b)], Path(folder)
     (_, ra), (_, rb) = runs
@@ -413,7 +415,8 @@ def compare_runs(
     if not scores and not pairs: raise ValueError(f'{a} and {b} have neither a caption nor a score in common')
     folder.mkdir(parents=True, exist_ok=True)
     names = {n: dict(folder=str(path), name=r['name']) for n, path, (_, r) in zip('ab', (a, b), runs)}
-    results = dict(format=1, **names, pairs=len(pairs), scores=scores, notes=notes)
+    judges = {k: o for k, o in ra['judges'].items() if k in scores}
+    results = dict(format=1, **names, pairs=len(pairs), scores=scores, judges=judges, notes=notes)
     with atomic_write(folder/'compare.json') as f: f.write(json.dumps(results, indent=1).encode())
     rows = [(*row, f'{better} is better' if better else 'no') for *row, better in comparison_rows(scores)]
     write_gallery(folder/'compare.html', runs, pairs, (('judge', 'A', 'B', 'B - A', 'clear?'), rows), embed, notes)

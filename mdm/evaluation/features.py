@@ -105,17 +105,21 @@ def _colours(source, default):
 def _load_hub_parts(source):
     "(model, preprocessing) of a folder or a hub name."
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+    from transformers.utils import logging
     config = AutoConfig.from_pretrained(source)
     clip = config.model_type in ('clip', 'clip_vision_model')
     cls = CLIPVisionModelWithProjection if clip else AutoModel
     more = dict(config=config.vision_config) if config.model_type == 'clip' else {}
     if more: more['config'].projection_dim = config.projection_dim
-    model, info = cls.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **more)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()                            # it would list the text tower of CLIP as unused
+    try: model, info = cls.from_pretrained(source, output_loading_info=True, **more)
+    finally: logging.set_verbosity(before)
     if missing := sorted(k for k in info['missing_keys'] if 'pooler' not in k):
         raise ValueError(f'its weights lack {len(missing)} of the tensors that {cls.__name__} needs, the first being {missing[0]}')
     mean, std = _colours(source, _CLIP_COLOURS if clip else _IMAGENET_COLOURS)
     size = 224 if config.model_type.startswith('dinov2') else getattr(model.config, 'image_size', 224)
-    return model, dict(size=size, antialias=not clip, mean=mean, std=std, output='image_embeds' if clip else 'class token')
+    return model.float(), dict(size=size, antialias=not clip, mean=mean, std=std, output='image_embeds' if clip else 'class token')
 
 # %% ../../nbs/4_use/19_features.ipynb #617b7b3e
 def _load_hub(source, device):

@@ -85,13 +85,21 @@ class Distractors:
         for i, texts in enumerate(concepts):
             for t in texts: self.places.setdefault(plain_caption(t), set()).add(i)
 
+    def own(self,
+        caption:str, # any caption
+    )->set[int]: # numbers of concepts
+        "The concepts that a caption belongs to: those that hold it, or else those with a caption that is a part of it."
+        plain = plain_caption(caption)
+        if plain in self.places: return self.places[plain]
+        return {i for text, numbers in self.places.items() if f' {text} ' in f' {plain} ' for i in numbers}
+
     def draw(self,
         caption:str, # the right one
         k:int, # how many
         seed, # any text or number; the same gives the same captions
     )->list[str]: # captions of k different concepts, none related to the right one
         "Draw wrong captions. Raises `ValueError` when there are not enough."
-        own = self.places.get(plain_caption(caption), set())
+        own = self.own(caption)
         taken = {plain_caption(caption), *(plain_caption(t) for i in own for t in self.concepts[i])}
         rng, found = random.Random(f'{seed} {caption}'), []
         for i in rng.sample(range(len(self.concepts)), len(self.concepts)):
