@@ -167,13 +167,14 @@ def _train_judge(args):
     "Train the judge that picks captions, and say how good it is."
     from mdm.evaluation.retrieval import train_retrieval
     from mdm.utils.ranks import rank_and_world
-    if rank_and_world()[1] > 1: raise ValueError('--train-retrieval works in one process: start it without torchrun or accelerate launch')
+    if rank_and_world()[1] > 1:
+        raise ValueError('--train-retrieval works in one process: start it without torchrun or accelerate launch')
     check_output(args.retrieval)
     with stage_bars(unit='steps') as progress:
         judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress)
     facts = judge.facts
-    print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of {facts['k']} captions it picks "
-          f"the right one of {facts['ceiling']['all']['value']:.1%} of the held-back pictures ({facts['held']})")
+    print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of {facts['k']} "
+          f"captions it picks the right one for {facts['ceiling']['all']['value']:.1%} of the held-back pictures ({facts['held']})")
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #679f9c29
 _about = (
@@ -183,13 +184,44 @@ _about = (
     'With --compare: put two such runs side by side. With --sweep: a table and a heat map over length of average and guidance.')
 _examples = '''mdm_evaluate shapes --captions captions.txt --output runs/judged
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000
-mdm_evaluate runs/64 --data 'valid/*.tar' --cmmd openai/clip-vit-large-patch14-336 --fd-dinov2 facebook/dinov2-large --reference kept
+mdm_evaluate runs/64 --data 'valid/*.tar' --cmmd openai/clip-vit-large-patch14-336 --reference kept
+mdm_evaluate runs/emoji --captions captions.txt --retrieval judges/emoji --train-retrieval 'emoji/*.tar'
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid weights-inception-2015-12-05-6726825d.pth --solver unipc --steps 15
 accelerate launch --num_processes 8 $(which mdm_evaluate) runs/64 --data 'valid/*.tar' --output judged/a
 mdm_evaluate --compare judged/a judged/b --output judged/a_or_b
 mdm_evaluate --sweep runs/64 --captions captions.txt --widths 0.05 0.1 --guidances 1 2 4 --output runs/sweep'''
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #44b0d55d
+def _judge_flags(parser):
+    "Add the flags that choose judges."
+    judges = parser.add_argument_group('judges').add_argument
+    judges('--fid', metavar='FILE',
+        help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of '
+             'Inception v3, or the word inception to fetch that')
+    judges('--fd-dinov2', metavar='FOLDER',
+        help='FD-DINOv2 with this network: a folder in the format of Hugging Face, or a name on its hub: '
+             'facebook/dinov2-large')
+    judges('--kid', metavar='FILE', help='KID with this network: as for --fid')
+    judges('--cmmd', metavar='FOLDER',
+        help='CMMD with this network: a folder, or a name on the hub: openai/clip-vit-large-patch14-336')
+    judges('--prdc', metavar='FILE',
+        help='precision, recall, density and coverage with this network: as for --fid or --fd-dinov2')
+    judges('--reference', metavar='FOLDER',
+        help='keep the features of the real pictures in this folder, and use those that are there')
+    judges('--clip', metavar='FOLDER',
+        help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
+    judges('--retrieval', metavar='FOLDER',
+        help='how often the right one of 32 captions is picked, by the judge in this folder; with --train-retrieval, '
+             'it is made')
+    judges('--train-retrieval', metavar='FILE', nargs='+',
+        help='train the judge of --retrieval on these shards of captioned pictures first (minutes)')
+    judges('--loss-pictures', metavar='K', type=at_least(0), default=256,
+        help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
+    judges('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
+    judges('--gallery', metavar='K', type=at_least(0), default=400,
+        help='captions whose pictures go into the HTML file, at most (%(default)s)')
+
+# %% ../../nbs/5_edges/10_evaluate.ipynb #d1f96464
 def mdm_evaluate(
     argv:list[str]|None=None, # command line without the name of the command; None: that of the process
 )->int: # exit code
@@ -214,30 +246,7 @@ def mdm_evaluate(
     add('--guidances', metavar='G', nargs='+', type=at_least(0, kind=float), default=[1., 2., 3., 4., 6.],
         help='with --sweep: guidances (1 2 3 4 6)')
     add('--name', default='', help='of the run, in table and gallery (the checkpoint)')
-    judges = parser.add_argument_group('judges').add_argument
-    judges('--fid', metavar='FILE',
-        help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of '
-             'Inception v3, or the word inception to fetch that')
-    judges('--fd-dinov2', metavar='FOLDER',
-        help='FD-DINOv2 with this network: a folder in the format of Hugging Face, or a name on its hub: facebook/dinov2-large')
-    judges('--kid', metavar='FILE', help='KID with this network: as for --fid')
-    judges('--cmmd', metavar='FOLDER',
-        help='CMMD with this network: a folder, or a name on the hub: openai/clip-vit-large-patch14-336')
-    judges('--prdc', metavar='FILE',
-        help='precision, recall, density and coverage with this network: as for --fid or --fd-dinov2')
-    judges('--reference', metavar='FOLDER',
-        help='keep the features of the real pictures in this folder, and use those that are there')
-    judges('--clip', metavar='FOLDER',
-        help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
-    judges('--retrieval', metavar='FOLDER',
-        help='how often the right one of 32 captions is picked, by the judge in this folder; with --train-retrieval, it is made')
-    judges('--train-retrieval', metavar='FILE', nargs='+',
-        help='train the judge of --retrieval on these shards of captioned pictures first (minutes)')
-    judges('--loss-pictures', metavar='K', type=at_least(0), default=256,
-        help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
-    judges('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
-    judges('--gallery', metavar='K', type=at_least(0), default=400,
-        help='captions whose pictures go into the HTML file, at most (%(default)s)')
+    _judge_flags(parser)
     add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, _evaluate_command, argv)
 

@@ -202,7 +202,7 @@ def nearest_radius(
 
 # %% ../../nbs/4_use/20_distances.ipynb #7af914a7
 def _inside(real, drawn, balls, drawn_balls, chunk):
-    "Of each drawn picture: (in any real ball of the first size, number of those of the second), of each real one: (in any drawn ball, holds one)."
+    "Of drawn pictures: (inside any ball, inside how many wider ones); of real ones: (inside any ball, its own is not empty)."
     rows, recall, covered = [], torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
     for part, radius in zip(drawn.split(chunk), drawn_balls.split(chunk)):
         d = torch.cdist(part, real)

@@ -140,7 +140,8 @@ class Features:
     ):
         "Write features of real pictures into their file, if there is a folder for it."
         if source in self.paths and source not in self.kept:
-            save_reference(self.paths[source], features, self.facts[source] | dict(source=source, data=[*map(redact, data)]))
+            facts = self.facts[source] | dict(source=source, data=[*map(redact, data)])
+            save_reference(self.paths[source], features, facts)
 
 # %% ../../nbs/4_use/05_evaluate.ipynb #d54ece49
 def _part(name, judge, batches, *args):
@@ -157,8 +158,8 @@ def _compare(features, real, drawn, share, key, data, device):
     for k, net in features.nets.items():
         part, name = f'{short_hash(k)}-{key}', Path(k).name
         if k in features.kept: there = dict(features=features.kept[k][0])
-        else: there = share(f'real-{part}', lambda: extract_features(net, real(f'features of real pictures ({name})'), device))
-        mine = share(f'drawn-{part}', lambda: extract_features(net, drawn(f'features of drawn pictures ({name})'), device))
+        else: there = share(f'real-{part}', lambda: extract_features(net, real(f'features of real ({name})'), device))
+        mine = share(f'drawn-{part}', lambda: extract_features(net, drawn(f'features of drawn ({name})'), device))
         if mine is None: continue
         if data: features.keep(k, there['features'], data)
         found[k] = there['features'], mine['features']
@@ -170,7 +171,8 @@ def _measure(pipe, folder, captions, data, config, features, clip, judge, progre
     (rank, world), size = rank_and_world(), pipe.recipe.data.image_size
     share = partial(share_work, folder, rank=rank, world=world)
     key = short_hash(config.fid, config.clip, data, size, config.levels, config.loss_pictures, config.batch_size)
-    def real(what, n=None): return counted(read_pictures(data, size, config.batch_size, n, rank, world, pipe.recipe.data), what, progress)
+    def real(what, n=None):
+        return counted(read_pictures(data, size, config.batch_size, n, rank, world, pipe.recipe.data), what, progress)
     def drawn(what):
         blocks = own_blocks(len(captions), config.batch_size, rank, world)
         return counted(((b, load_pictures(folder, b)) for b in blocks), what, progress)

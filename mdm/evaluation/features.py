@@ -116,10 +116,11 @@ def _load_hub_parts(source):
     try: model, info = cls.from_pretrained(source, output_loading_info=True, **more)
     finally: logging.set_verbosity(before)
     if missing := sorted(k for k in info['missing_keys'] if 'pooler' not in k):
-        raise ValueError(f'its weights lack {len(missing)} of the tensors that {cls.__name__} needs, the first being {missing[0]}')
+        raise ValueError(f'its weights lack {len(missing)} of the tensors that {cls.__name__} needs, such as {missing[0]}')
     mean, std = _colours(source, _CLIP_COLOURS if clip else _IMAGENET_COLOURS)
     size = 224 if config.model_type.startswith('dinov2') else getattr(model.config, 'image_size', 224)
-    return model.float(), dict(size=size, antialias=not clip, mean=mean, std=std, output='image_embeds' if clip else 'class token')
+    output = 'image_embeds' if clip else 'class token'
+    return model.float(), dict(size=size, antialias=not clip, mean=mean, std=std, output=output)
 
 # %% ../../nbs/4_use/19_features.ipynb #617b7b3e
 def _load_hub(source, device):
@@ -149,7 +150,8 @@ def load_extractor(
     hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and path.suffix not in ('.pt', '.pth', '.ts') and not path.exists()
     if hub: return _load_hub(name, device)
     raise FileNotFoundError(f'extractor: there is no file {path}{"/config.json" if path.is_dir() else ""}; give a TorchScript '
-        'file, the weights of Inception v3, the word inception to fetch those, a folder that save_pretrained wrote, or a name on the Hugging Face hub')
+        'file, the weights of Inception v3, the word inception to fetch those, a folder that save_pretrained wrote, or a name '
+        'on the Hugging Face hub')
 
 # %% ../../nbs/4_use/19_features.ipynb #7531808b
 @torch.no_grad()
@@ -202,7 +204,8 @@ def read_reference(
 )->tuple[np.ndarray, dict]: # (features [n,D], facts)
     "Read features from a file. Raises `FileNotFoundError`, or `ValueError` for a file of another kind."
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file(): raise FileNotFoundError(f'reference: there is no file {path}; name real pictures with --data to make it')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'reference: there is no file {path}; name real pictures with --data to make it')
     try:
         with safe_open(str(path), 'numpy') as f: return f.get_tensor('features'), json.loads(f.metadata()['facts'])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
