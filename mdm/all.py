@@ -43,7 +43,9 @@ from .training.finetune import finetune_recipe, write_prior
 from .utils.ranks import is_main
 
 # %% ../nbs/5_edges/12_all.ipynb #bd02a521
-from .evaluation.judges import clip_scores, fid_score, frechet_distance
+from .evaluation.distances import cmmd_score, fid_score, frechet_distance, kid_score, neighbour_scores
+from .evaluation.features import load_extractor
+from .evaluation.judges import clip_scores
 from .evaluation.losses import level_losses
 from .evaluation.evaluate import EvaluateConfig, compare_runs, evaluate
 from .evaluation.sweep import sweep

@@ -14,8 +14,10 @@ from mdm.checkpoint import save_checkpoint
 from mdm.cli.evaluate import mdm_evaluate
 from mdm.data.shapes import Shape, agreeing, attributes, caption, all_shapes, draw, parse_caption, random_shape, shapes_captions, write_shapes
 from mdm.data.shapes_judge import prompt_accuracy
+from mdm.evaluation.distances import *
 from mdm.evaluation.evaluate import *
 from mdm.evaluation.evaluate import EvaluateConfig
+from mdm.evaluation.features import *
 from mdm.evaluation.gallery import *
 from mdm.evaluation.judges import *
 from mdm.evaluation.losses import *

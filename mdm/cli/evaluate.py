@@ -16,6 +16,7 @@ from .command import *
 @contextmanager
 def stage_bars(
     shown:bool=True, # False: none
+    unit:str='pictures', # what is counted, in the plural
 ): # a context that yields `progress(what, done, in all or None)`
     "A progress bar for each stage of some work, one after another."
     from mdm.utils.progress import bar as start_bar
@@ -23,7 +24,7 @@ def stage_bars(
     def progress(what, done, total):
         if what not in bars:
             for bar in bars.values(): bar.close()
-            bars[what] = start_bar(None, what, total, 'pictures', show=shown)
+            bars[what] = start_bar(None, what, total, unit, show=shown)
         bars[what].update(done - bars[what].n)
     try: yield progress
     finally:
@@ -81,11 +82,17 @@ def check_evaluate_flags(
     if args.compare and args.checkpoint:
         raise ValueError(f'--compare takes two folders of runs and no checkpoint, but {args.checkpoint} was given too')
     if args.compare: return
+    if getattr(args, 'train_retrieval', None) and not args.retrieval:
+        raise ValueError('--train-retrieval needs a folder for the judge: name it with --retrieval')
+    if getattr(args, 'train_retrieval', None) and not args.checkpoint: return
     if not args.checkpoint: raise ValueError('no checkpoint: name one, or two runs with --compare A B')
     if not args.captions and not args.data and not has_classes(args.checkpoint):
         raise ValueError('nothing to draw: name a file of captions with --captions, or shards of captioned pictures with --data')
-    if args.fid and not args.data:
-        raise ValueError('--fid compares with real pictures: name shards of them with --data')
+    compared = [k for k in ('fid', 'fd_dinov2', 'kid', 'cmmd', 'prdc') if getattr(args, k, None)]
+    if compared and not args.data and not args.reference:
+        flag = compared[0].replace('_', '-')
+        raise ValueError(f'--{flag} compares with real pictures: name shards of them with --data, or features of them that '
+            'an earlier call kept, with --reference')
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #4c78352a
 def report_evaluation(
@@ -137,6 +144,8 @@ def _evaluate_command(
     "Sample, judge, and print a table."
     check_evaluate_flags(args)
     if args.compare: return _compare_command(args)
+    if args.train_retrieval: _train_judge(args)
+    if args.train_retrieval and not args.checkpoint: return
     if args.sweep: return _sweep_command(args)
     from mdm.data.files import read_captions
     from mdm.evaluation.evaluate import EvaluateConfig, evaluate
@@ -164,20 +173,66 @@ def _evaluate_command(
         raise KeyboardInterrupt(f'stopped with {drawn} pictures in {out}; the same command goes on from there') from None
     if not rank: report_evaluation(found, out)
 
+# %% ../../nbs/5_edges/10_evaluate.ipynb #71c90198
+def _train_judge(args):
+    "Train the judge that picks captions, and say how good it is."
+    from mdm.evaluation.retrieval import train_retrieval
+    from mdm.utils.ranks import rank_and_world
+    if rank_and_world()[1] > 1:
+        raise ValueError('--train-retrieval works in one process: start it without torchrun or accelerate launch')
+    check_output(args.retrieval)
+    with stage_bars(unit='steps') as progress:
+        judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress)
+    facts = judge.facts
+    print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of {facts['k']} "
+          f"captions it picks the right one for {facts['ceiling']['all']['value']:.1%} of the held-back pictures ({facts['held']})")
+
 # %% ../../nbs/5_edges/10_evaluate.ipynb #679f9c29
 _about = (
     'Draw a list of captions with a trained model, or those of a validation set, and judge the pictures: prompt '
-    'accuracy where captions are of shapes, FID, CLIP score, loss by noise level and resolution, and a gallery in one '
-    'HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
+    'accuracy where captions are of shapes, FID, FD-DINOv2, KID, CMMD, precision and recall, CLIP score, which of 32 '
+    'captions a picture shows, loss by noise level and resolution, and a gallery in one HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
     'With --compare: put two such runs side by side. With --sweep: a table and a heat map over length of average and guidance.')
 _examples = '''mdm_evaluate shapes --captions captions.txt --output runs/judged
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000
+mdm_evaluate runs/64 --data 'valid/*.tar' --cmmd openai/clip-vit-large-patch14-336 --reference kept
+mdm_evaluate runs/emoji --captions captions.txt --retrieval judges/emoji --train-retrieval 'emoji/*.tar'
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid weights-inception-2015-12-05-6726825d.pth --solver unipc --steps 15
 accelerate launch --num_processes 8 $(which mdm_evaluate) runs/64 --data 'valid/*.tar' --output judged/a
 mdm_evaluate --compare judged/a judged/b --output judged/a_or_b
 mdm_evaluate --sweep runs/64 --captions captions.txt --widths 0.05 0.1 --guidances 1 2 4 --output runs/sweep'''
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #44b0d55d
+def _judge_flags(parser):
+    "Add the flags that choose judges."
+    judges = parser.add_argument_group('judges').add_argument
+    judges('--fid', metavar='FILE',
+        help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of '
+             'Inception v3, or the word inception to fetch that')
+    judges('--fd-dinov2', metavar='FOLDER',
+        help='FD-DINOv2 with this network: a folder in the format of Hugging Face, or a name on its hub: '
+             'facebook/dinov2-large')
+    judges('--kid', metavar='FILE', help='KID with this network: as for --fid')
+    judges('--cmmd', metavar='FOLDER',
+        help='CMMD with this network: a folder, or a name on the hub: openai/clip-vit-large-patch14-336')
+    judges('--prdc', metavar='FILE',
+        help='precision, recall, density and coverage with this network: as for --fid or --fd-dinov2')
+    judges('--reference', metavar='FOLDER',
+        help='keep the features of the real pictures in this folder, and use those that are there')
+    judges('--clip', metavar='FOLDER',
+        help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
+    judges('--retrieval', metavar='FOLDER',
+        help='how often the right one of 32 captions is picked, by the judge in this folder; with --train-retrieval, '
+             'it is made')
+    judges('--train-retrieval', metavar='FILE', nargs='+',
+        help='train the judge of --retrieval on these shards of captioned pictures first (minutes)')
+    judges('--loss-pictures', metavar='K', type=at_least(0), default=256,
+        help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
+    judges('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
+    judges('--gallery', metavar='K', type=at_least(0), default=400,
+        help='captions whose pictures go into the HTML file, at most (%(default)s)')
+
+# %% ../../nbs/5_edges/10_evaluate.ipynb #d1f96464
 def mdm_evaluate(
     argv:list[str]|None=None, # command line without the name of the command; None: that of the process
 )->int: # exit code
@@ -203,17 +258,7 @@ def mdm_evaluate(
     add('--guidances', metavar='G', nargs='+', type=at_least(0, kind=float), default=[1., 2., 3., 4., 6.],
         help='with --sweep: guidances (1 2 3 4 6)')
     add('--name', default='', help='of the run, in table and gallery (the checkpoint)')
-    judges = parser.add_argument_group('judges').add_argument
-    judges('--fid', metavar='FILE',
-        help='FID with this network: a TorchScript file (bytes [B,3,H,W] to features [B,D]), the weights file of '
-             'Inception v3, or the word inception to fetch that')
-    judges('--clip', metavar='FOLDER',
-        help='CLIP score with this model: a folder in the format of Hugging Face, or a name on its hub')
-    judges('--loss-pictures', metavar='K', type=at_least(0), default=256,
-        help='pictures of --data for the loss by noise level; 0: none (%(default)s)')
-    judges('--levels', metavar='B', type=at_least(1), default=10, help='noise levels (%(default)s)')
-    judges('--gallery', metavar='K', type=at_least(0), default=400,
-        help='captions whose pictures go into the HTML file, at most (%(default)s)')
+    _judge_flags(parser)
     add_sampling_flags(parser.add_argument_group('sampling'))
     return run_command(parser, _evaluate_command, argv)
 

@@ -26,7 +26,11 @@ def score_label(
     kind, _, of = key.partition('.')
     if kind == 'accuracy': return 'all right and clean' if of == 'all' else f'{of} right'
     if kind == 'open': return 'left open: distance' + (' for each caption' if of else '')
-    return {'crisp': 'crispness', 'clip': 'CLIP score', 'fid': 'FID', 'loss': f'loss at {of} pixels'}[kind]
+    names = dict(crisp='crispness', retrieval='right caption picked', clip='CLIP score', fid='FID', fd_dinov2='FD-DINOv2',
+                 kid='KID', cmmd='CMMD', loss=f'loss at {of} pixels')
+    return names.get(kind, kind)                             # 'precision', 'recall', 'density' and 'coverage' are words
+
+_SHARES = 'accuracy', 'retrieval', 'precision', 'recall', 'coverage'   # scores that are given in percent
 
 def score_text(
     key:str, # name of a score
@@ -34,10 +38,10 @@ def score_text(
     se:float|None=None, # its standard error
     sign:str='', # '+' to show the sign of positive numbers
 )->str: # e.g. '93.8 % ± 2.1'
-    "The value of a score in words: accuracies in percent, small numbers with four places."
+    "The value of a score in words: shares in percent, small numbers with four places."
     if value is None: return ''
     scale, places, unit = 1, 4, ''
-    if key.startswith('accuracy'): scale, places, unit = 100, 1, '\u00a0%'
+    if key.partition('.')[0] in _SHARES: scale, places, unit = 100, 1, '\u00a0%'
     elif not key.startswith('loss') and max(abs(value), se or 0) >= 1: places = 2
     return f'{scale*value:{sign}.{places}f}{unit}' + ('' if se is None else f' ± {scale*se:.{places}f}')
 
@@ -45,10 +49,12 @@ def score_note(
     key:str, # name of a score
     o:dict, # the score
 )->str: # e.g. '1,000 drawn, 5,000 real'
-    "The number of pictures that a score was measured on."
+    "The number of pictures that a score was measured on, what to compare it with, and the network behind it."
     text = f"{o['n']:,}" + (f" drawn, {o['real']:,} real" if 'real' in o else '')
     if 'floor' in o: text += f"; true drawings have {score_text(key, o['floor'])}"
     if o.get('infinity') is not None: text += f"; {score_text(key, o['infinity'])} if there were infinitely many"
+    if 'ceiling' in o: text += f"; real pictures reach {score_text(key, o['ceiling'])}, chance {score_text(key, o['chance'])}"
+    if o.get('extractor'): text += f"; features of {o['extractor']}"
     return text
 
 # %% ../../nbs/4_use/04_gallery.ipynb #27ffab3d

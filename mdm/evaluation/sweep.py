@@ -104,7 +104,8 @@ def sweep(
         if pipe[0] != width: pipe = width, average_pipeline(folder, width, **kwargs)
         sample, named = pipe[1].config(**wishes, guidance=guidance), replace(config, name=name)
         found = evaluate(pipe[1], output/name, captions, data, named, sample, progress)
-        scores = {k: {n: o.get(n) for n in ('value', 'se', 'n', 'better')} for k, o in found['scores'].items()}
+        scores = {k: {n: o.get(n) for n in ('value', 'se', 'n', 'better')} | {n: o[n] for n in ('extractor',) if n in o}
+                  for k, o in found['scores'].items()}
         cells[name] = dict(width=width, guidance=guidance, scores=scores)
         with atomic_write(output/'sweep.json') as f: f.write(json.dumps(dict(settings=settings, cells=cells), indent=1).encode())
     wanted = {cell_name(*o): cells[cell_name(*o)] for o in grid.cells}
@@ -124,7 +125,7 @@ def sweep_rows(
         rows.append((f"{o['width']:g}", f"{o['guidance']:g}", *scores))
     return rows
 
-_shown = ('fid', 'clip', 'accuracy.all', 'open', 'crisp')    # scores with a heat map; the others are in the table
+_shown = ('fid', 'fd_dinov2', 'kid', 'cmmd', 'clip', 'retrieval', 'accuracy.all', 'open', 'crisp')    # scores with a heat map; the others are in the table
 
 def _matrix(cells, key):
     "(widths, guidances, values [widths,guidances], the best one's place) of a score."
