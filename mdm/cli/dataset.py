@@ -120,7 +120,8 @@ def _folder_flags(p):
     'skipped.tsv. The same command packs pictures that were added to the folder since into further shards.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
-    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'", _folder_flags)
+    "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'\n"
+    'mdm_dataset folder named data/named --caption-names', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."
     from mdm.data.shards import write_folder

@@ -31,6 +31,7 @@ class FolderConfig(PicturesConfig):
     caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
+    caption_names: bool = False # pictures without another caption take their file names: red_apple-02.jpg shows a red apple
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
 # %% ../../nbs/2_data/07_configs.ipynb #e327a766

@@ -7,7 +7,7 @@ __all__ = ['REPORT', 'KEPT_FORMATS', 'BAD_PROFILE', 'PICTURE_FILES', 'NOT_THERE'
            'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_TABLES', 'CAPTION_FILES', 'UNREADABLE', 'PACKED',
            'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture', 'about_picture', 'make_key',
            'normalize_path', 'misfit', 'list_folder', 'ordered_map', 'items_bar', 'result_or_skip', 'read_metadata',
-           'captions_beside', 'folder_sample', 'refuse_empty', 'write_folder']
+           'name_caption', 'captions_beside', 'folder_sample', 'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/08_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, re, tarfile, unicodedata
@@ -21,7 +21,7 @@ from .configs import FolderConfig, ShardsConfig
 from .captions import caption_files, key_fraction, parse_shares
 from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_column, read_manifest, read_table,
                             row_captions)
-from .samples import (BAD_PICTURE, PICTURES, Skip, decoded, explain_kind, get_caption, get_captions, load_picture,
+from .samples import (BAD_PICTURE, NO_CAPTION, PICTURES, Skip, decoded, explain_kind, get_caption, get_captions, load_picture,
                               open_image, usable_captions)
 from ..utils.configs import changed
 from ..utils.files import atomic_write, only_writer, stays_inside
@@ -423,6 +423,19 @@ def read_metadata(
     return pairs, misfits
 
 # %% ../../nbs/2_data/08_shards.ipynb #44a6a872
+_camera_name = re.compile(r'(img|dsc[fn]?|pxl|mvimg|dcim|screenshot|image|photo|picture)?', re.IGNORECASE)
+
+def name_caption(
+    name:str, # of a file, such as 'red_apple-02.jpg'
+)->str: # such as 'red apple'; '' where the name has no words
+    "Read a caption from the name of a file."
+    stem = unicodedata.normalize('NFC', Path(name).stem)
+    words = re.split(r'[\s_+.-]+', re.sub(r'\s*\(\d+\)$', '', stem).strip(' _+.-'))
+    while len(words) > 1 and words[-1].isdecimal(): words.pop()
+    text = ' '.join(words)
+    return '' if text.isdecimal() or _camera_name.fullmatch(text.rstrip('0123456789')) else text
+
+# %% ../../nbs/2_data/08_shards.ipynb #51a6dbd6
 CAPTION_FILES = ('.txt', '.caption', '.json')   # endings of captions beside a picture
 
 def _files_beside(path):
@@ -437,6 +450,7 @@ def captions_beside(
     path:Path, # of a picture
     key:str|None=None, # where the captions are, as for `get_captions`
     lines:bool=False, # every line of a text is a caption of its own
+    name:bool=False, # where there is no caption, the picture's name is one
 )->dict[str, float]: # caption -> weight; at least one
     "Read the captions beside a picture. Raises `Skip` when there are none, `OSError` when they cannot be read."
     found = _files_beside(path)
@@ -444,7 +458,10 @@ def captions_beside(
     good = [t for t in texts if not isinstance(result_or_skip(get_caption, {'txt': t}), Skip)]
     sample = {'txt': t for t in (good or texts)[:1]} | {'json': found[e] for e in ('json',) if e in found}
     if lines and good and not key: return usable_captions(good[0].decode('utf-8-sig').splitlines())
-    return get_captions(sample, key)
+    try: return get_captions(sample, key)
+    except Skip as e:
+        if not name or str(e) != NO_CAPTION: raise
+    return usable_captions(name_caption(path.name))
 
 # %% ../../nbs/2_data/08_shards.ipynb #8b7c5f72
 UNREADABLE = 'file that cannot be read'
@@ -463,13 +480,14 @@ def folder_sample(
     resize:int|None=None, # as in `prepare_picture`
     key:str|None=None, # as in `captions_beside`
     lines:bool=False, # as in `captions_beside`
+    name:bool=False, # as in `captions_beside`
 )->dict: # `__key__`, and bytes by extension
     "Make a sample of one picture of a folder. Raises `Skip` when it cannot be used."
     if isinstance(text, Skip): raise text
     path = Path(folder, file)
     try:
         data = path.read_bytes()
-        if text is None: captions = captions_beside(path, key, lines)
+        if text is None: captions = captions_beside(path, key, lines, name)
         else: captions = usable_captions(text)
     except OSError as e: raise Skip(UNREADABLE) from e
     try: ext, made = prepare_picture(data, resize)
@@ -546,10 +564,10 @@ def write_folder(
     items, after = _new_items(folder, items, states, fingerprint, manifest)
     after = after or (manifest or {}).get('settings', {}).get('after', '')
     settings = dict(kind='folder', source=fingerprint, resize=config.resize, **({'after': after} if after else {}))
-    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines'):
+    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names'):
         if getattr(config, name): settings[name] = getattr(config, name)
     make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key,
-                                       config.caption_lines)
+                                       config.caption_lines, config.caption_names)
     with ShardWriter(folder, config, settings, command, adds_to=after) as writer:
         outcomes = ordered_map(make, items[writer.position:], config.workers)
         for outcome in items_bar(outcomes, 'pictures', len(items), bar, writer.position):
