@@ -21,8 +21,8 @@ from .configs import FolderConfig, ShardsConfig
 from .captions import caption_files, key_fraction, parse_shares
 from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_column, read_manifest, read_table,
                             row_captions)
-from .samples import (BAD_PICTURE, NO_CAPTION, PICTURES, Skip, decoded, explain_kind, get_caption, get_captions, load_picture,
-                              open_image, usable_captions)
+from .samples import (BAD_PICTURE, NO_CAPTION, PICTURES, Skip, decoded, explain_kind, get_caption, get_captions,
+                              load_picture, open_image, usable_captions)
 from ..utils.configs import changed
 from ..utils.files import atomic_write, only_writer, stays_inside
 from ..utils.pictures import profile_fault
