@@ -148,3 +148,12 @@ def test_the_benchmark_of_visitors_runs():
     done = run_script('visitors.py', '--rehearse')
     assert done.returncode == 0, done.stdout + done.stderr
     assert [o.split(':')[0].split(' ')[0] for o in done.stdout.splitlines()] == ['import', 'forked']
+
+# ---- fine-tuning
+
+def test_the_benchmark_of_fine_tunings_memory_runs(tmp_path, capsys, monkeypatch):
+    from bench import finetune
+    monkeypatch.setattr(finetune, 'in_a_process', lambda what, **spec: getattr(finetune, what)(spec))     # each would start a Python of its own
+    finetune.main(['finetune.targets=["qkv"]', '--memory', '--rehearse', '--batches', '2', '--precision', 'bfloat16'])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| 2 |')]
+    assert [r.split(' | ')[1:3] for r in rows] == [['bfloat16', 'no'], ['bfloat16', 'yes']] and all('%' in r for r in rows)

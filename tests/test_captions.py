@@ -12,7 +12,7 @@ from mdm.data.embeddings import embed_shards
 from mdm.data.files import MISFIT, find_tars, read_manifest
 from mdm.data.inspect import describe_shards, inspect_shards, read_samples, split_shards
 from mdm.data.parquet import write_parquet
-from mdm.data.samples import BAD_PICTURE, NO_CAPTION, NO_PICTURE, get_captions
+from mdm.data.samples import BAD_CAPTION, BAD_PICTURE, NO_CAPTION, NO_PICTURE, get_captions
 from mdm.data.shards import NOT_THERE, REPORT, write_folder
 from mdm.data.stream import DataConfig
 from mdm.data.urls import read_urls
@@ -128,6 +128,19 @@ def test_captions_beside_pictures(tmp_path):
     write_folder(tmp_path/'in', tmp_path/'3', caption_key='txt, long:3')
     assert made(tmp_path/'3') == {'a.png': usual['a.png'], 'b.png': {'C': 1}, 'c.png': {'D': 1}, 'd.png': {'G': 1}, 'e.png': {'H': 1, 'I': 3}}
     with pytest.raises(FileExistsError, match='caption_key was'): write_folder(tmp_path/'in', tmp_path/'3', caption_key='long')
+
+
+def test_captions_from_file_names(tmp_path, capsys):
+    "A name is a caption only where asked for, and where nothing else says what the picture shows; a damaged text is no missing one."
+    put(tmp_path/'in', 'red_apple-02.png', 'old-red_apple (3).png', 'IMG_0412.png', 'told.png', 'row_1.png', 'damaged.png', 'scored_pear.png')
+    for name, data in {'told.txt': b'a pear', 'damaged.txt': b'\xff\xfe', 'scored_pear.json': b'{"aesthetic": 6}', 'metadata.csv': b'file_name,text\nrow_1.png,a row\n'}.items(): (tmp_path/'in'/name).write_bytes(data)
+    told = {'told.png': {'a pear': 1}, 'row_1.png': {'a row': 1}}
+    write_folder(tmp_path/'in', tmp_path/'plain')
+    assert made(tmp_path/'plain') == told
+    assert mdm_dataset(['folder', str(tmp_path/'in'), str(tmp_path/'named'), '--caption-names']) == 0
+    assert made(tmp_path/'named') == {**told, 'red_apple-02.png': {'red apple': 1}, 'old-red_apple (3).png': {'old red apple': 1}, 'scored_pear.png': {'scored pear': 1}}
+    assert read_manifest(tmp_path/'named')['skipped'] == {NO_CAPTION: 1, BAD_CAPTION: 1}
+    with pytest.raises(FileExistsError, match='caption_names'): write_folder(tmp_path/'in', tmp_path/'named')
 
 
 def test_a_folder_without_several_captions_gives_the_shards_that_it_gave(tmp_path):

@@ -4,10 +4,11 @@ import pytest, torch
 from safetensors.torch import load_file
 from mdm.checkpoint import find_adapter, load_checkpoint, load_model, save_checkpoint
 from mdm.data.shapes import write_shapes
-from mdm.models.adapters import merge_adapters
+from mdm.models.adapters import merge_adapters, spare_frozen
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import DistillConfig, RecipeError, load_recipe, recipe_dict
+from mdm.training.learner import build_model
 from mdm.training.finetune import finetune_recipe, write_prior
 from mdm.training.run import run_training
 from tiny_models import same, tiny
@@ -48,6 +49,36 @@ def test_averages_share_what_is_frozen(adapter):
     learn, _ = adapter
     mine, average = dict(learn.model.named_parameters()), dict(learn.moving_average.model.named_parameters())
     for name, p in mine.items(): assert (average[name].data_ptr() == p.data_ptr()) == (not p.requires_grad), name
+
+def test_one_copy_of_what_is_frozen(adapter, base, data, tmp_path):
+    "The frozen weights are those of the file, in float32 also where the file has half of it."
+    learn, _ = adapter
+    places = [p.data_ptr() for p in learn.model.parameters() if not p.requires_grad]
+    assert max(places) - min(places) < (base/'model.safetensors').stat().st_size
+    recipe, state = load_recipe('shapes', tiny), load_model(base)[0].state_dict()
+    half = save_checkpoint(tmp_path/'half', recipe, {k: v.half() for k, v in state.items()})
+    tuned = build_model(finetune_recipe(half, lora, data), 8)
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    assert torch.equal(tuned.conv_in.weight, state['conv_in.weight'].half().float())
+    assert 0 < len([*learn.opt.state]) <= sum(p.requires_grad for p in learn.model.parameters())
+
+@pytest.mark.parametrize('bf16', [False, True])
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
+def test_frozen_layers_keep_less_and_give_the_same_gradients(base, bf16, memory):
+    model = load_model(base)[0].to(memory_format=memory)
+    for name, p in model.named_parameters(): p.requires_grad_('kv_cond' in name)
+    x, t, words = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)], torch.tensor([10, 600]), torch.randn(2, 3, 8)
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for checkpointing in (False, True, False):
+        if len(found) == 2: spare_frozen(model)
+        kept = {}
+        model.activation_checkpointing, _ = checkpointing, model.zero_grad()
+        def keep(o): kept[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes(); return o
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda o: o), torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = sum(o.square().mean() for o in model(x, t, words))
+        loss.backward()
+        found.append(([p.grad.clone() for p in model.parameters() if p.requires_grad], sum(n for k, n in kept.items() if k not in own)))
+    assert all(torch.equal(a, b) and torch.equal(a, c) and a.abs().sum() > 0 for a, b, c in zip(*(grads for grads, _ in found)))
+    assert found[2][1] < .85*found[0][1]
 
 @pytest.mark.parametrize('more', [[], ['finetune.dora=true'], ['train.optimizer=muon', 'train.ema_decays=[0.5]'], ['train.ema_dtype=bfloat16']], ids=['lora', 'dora', 'muon', 'bfloat16'])
 def test_resume_is_exact(base, data, tmp_path, more):

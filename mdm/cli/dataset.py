@@ -125,6 +125,7 @@ def _folder_flags(p):
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'
     "mdm_dataset folder photos data/both --caption-column 'short:1, long:3'\n"
+    'mdm_dataset folder named data/named --caption-names\n'
     'mdm_dataset folder videos data/clips --clips\nmdm_dataset folder animals data/animals --classes', _folder_flags)
 def _folder(args):
     "Shards from a folder of captioned pictures."

@@ -33,10 +33,11 @@ class FolderConfig(PicturesConfig):
     caption_lines: bool = False # every line of a text file is a caption of its own
     clips: bool = False # pack videos, and animated GIF, WebP and PNG files, instead of pictures
     classes: bool = False # every folder in the folder is a class, with its pictures; captions are the names of the folders
+    caption_names: bool = False # pictures without another caption take their file names: red_apple-02.jpg shows a red apple
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
     def rules(self):
-        own = [k for k in ('file_column', 'caption_column', 'caption_key', 'caption_lines') if getattr(self, k)]
+        own = [k for k in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names') if getattr(self, k)]
         return [(self.clips and self.resize is not None, 'resize', 'null: clips keep their size'),
                 (self.clips and self.classes, 'classes', 'false: classes are of pictures'),
                 (self.classes and bool(own), 'classes', f"false where {', '.join(own)} say where captions are")]

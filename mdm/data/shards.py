@@ -7,8 +7,8 @@ __all__ = ['REPORT', 'KEPT_FORMATS', 'CLIP_FILES', 'BAD_PROFILE', 'PICTURE_FILES
            'DEAD_LINK', 'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_TABLES', 'CAPTION_FILES', 'UNREADABLE',
            'NO_FOLDER', 'PACKED', 'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture',
            'prepare_clip', 'about_picture', 'make_key', 'normalize_path', 'misfit', 'list_folder', 'ordered_map',
-           'items_bar', 'result_or_skip', 'read_metadata', 'captions_beside', 'folder_sample', 'class_folders',
-           'class_sample', 'refuse_empty', 'write_folder']
+           'items_bar', 'result_or_skip', 'read_metadata', 'name_caption', 'captions_beside', 'folder_sample',
+           'class_folders', 'class_sample', 'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/08_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, re, tarfile, unicodedata
@@ -23,8 +23,8 @@ from .captions import caption_files, key_fraction, parse_shares
 from .clips import ANIMATIONS, VIDEOS
 from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_column, read_manifest, read_table,
                             row_captions)
-from .samples import (BAD_PICTURE, PICTURES, ClipPlan, Skip, decoded, explain_kind, get_caption, get_captions,
-                              load_clip, load_picture, open_clip, open_image, usable_captions)
+from .samples import (BAD_PICTURE, NO_CAPTION, PICTURES, ClipPlan, Skip, decoded, explain_kind, get_caption,
+                              get_captions, load_clip, load_picture, open_clip, open_image, usable_captions)
 from ..utils.class_names import ClassNames
 from ..utils.configs import changed
 from ..utils.files import atomic_write, only_writer, stays_inside
@@ -440,6 +440,19 @@ def read_metadata(
     return pairs, misfits
 
 # %% ../../nbs/2_data/08_shards.ipynb #44a6a872
+_camera_name = re.compile(r'(img|dsc[fn]?|pxl|mvimg|dcim|screenshot|image|photo|picture)?', re.IGNORECASE)
+
+def name_caption(
+    name:str, # of a file, such as 'red_apple-02.jpg'
+)->str: # such as 'red apple'; '' where the name has no words
+    "Read a caption from the name of a file."
+    stem = unicodedata.normalize('NFC', Path(name).stem)
+    words = re.split(r'[\s_+.-]+', re.sub(r'\s*\(\d+\)$', '', stem).strip(' _+.-'))
+    while len(words) > 1 and words[-1].isdecimal(): words.pop()
+    text = ' '.join(words)
+    return '' if text.isdecimal() or _camera_name.fullmatch(text.rstrip('0123456789')) else text
+
+# %% ../../nbs/2_data/08_shards.ipynb #51a6dbd6
 CAPTION_FILES = ('.txt', '.caption', '.json')   # endings of captions beside a picture
 
 def _files_beside(path):
@@ -454,6 +467,7 @@ def captions_beside(
     path:Path, # of a picture
     key:str|None=None, # where the captions are, as for `get_captions`
     lines:bool=False, # every line of a text is a caption of its own
+    name:bool=False, # where there is no caption, the picture's name is one
 )->dict[str, float]: # caption -> weight; at least one
     "Read the captions beside a picture. Raises `Skip` when there are none, `OSError` when they cannot be read."
     found = _files_beside(path)
@@ -461,7 +475,10 @@ def captions_beside(
     good = [t for t in texts if not isinstance(result_or_skip(get_caption, {'txt': t}), Skip)]
     sample = {'txt': t for t in (good or texts)[:1]} | {'json': found[e] for e in ('json',) if e in found}
     if lines and good and not key: return usable_captions(good[0].decode('utf-8-sig').splitlines())
-    return get_captions(sample, key)
+    try: return get_captions(sample, key)
+    except Skip as e:
+        if not name or str(e) != NO_CAPTION: raise
+    return usable_captions(name_caption(path.name))
 
 # %% ../../nbs/2_data/08_shards.ipynb #8b7c5f72
 UNREADABLE = 'file that cannot be read'
@@ -480,6 +497,7 @@ def folder_sample(
     resize:int|None=None, # as in `prepare_picture`
     key:str|None=None, # as in `captions_beside`
     lines:bool=False, # as in `captions_beside`
+    name:bool=False, # as in `captions_beside`
     clips:bool=False, # it is a clip
 )->dict: # `__key__`, and bytes by extension
     "Make a sample of one picture of a folder. Raises `Skip` when it cannot be used."
@@ -487,7 +505,7 @@ def folder_sample(
     path = Path(folder, file)
     try:
         data = path.read_bytes()
-        if text is None: captions = captions_beside(path, key, lines)
+        if text is None: captions = captions_beside(path, key, lines, name)
         else: captions = usable_captions(text)
     except OSError as e: raise Skip(UNREADABLE) from e
     kind = file.rsplit('.', 1)[-1]
@@ -581,7 +599,7 @@ def _sample_maker(pictures, items, config):
         names = class_folders(items)
         return lambda item: result_or_skip(class_sample, pictures, *item, names, config.resize), {'classes': names}
     make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key, config.caption_lines,
-                                       config.clips)
+                                       config.caption_names, config.clips)
     return make, {}
 
 # %% ../../nbs/2_data/08_shards.ipynb #f1621b45
@@ -602,7 +620,7 @@ def write_folder(
     items, after = _new_items(folder, found, states, fingerprint, manifest)
     after = after or (manifest or {}).get('settings', {}).get('after', '')
     settings = dict(kind='folder', source=fingerprint, resize=config.resize, **({'after': after} if after else {}))
-    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'clips'):
+    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names', 'clips'):
         if getattr(config, name): settings[name] = getattr(config, name)
     make, extra = _sample_maker(pictures, found, config)
     if extra: settings['classes'] = f"{len(extra['classes'])}, {hashlib.sha256(repr(extra).encode()).hexdigest()[:16]}"

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['network_prefixes', 'networks_of', 'choose_layers', 'import_peft', 'adapter_config', 'add_adapter', 'has_adapter',
-           'averaged_weights', 'share_frozen', 'adapter_state', 'load_adapter_state', 'Adapter', 'read_adapter',
-           'merge_adapters', 'unmerge_adapters']
+           'averaged_weights', 'copy_averaged', 'FrozenConv2d', 'FrozenLinear', 'spare_frozen', 'adapter_state',
+           'load_adapter_state', 'Adapter', 'read_adapter', 'merge_adapters', 'unmerge_adapters']
 
 # %% ../../nbs/1_model/11_adapters.ipynb #c9e6b69d
 import json, re
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from .nested_unet import NestedUNetConfig
 from .unet import UNetConfig
 
@@ -97,15 +100,68 @@ def averaged_weights(
     "Tell which weights a moving average is kept of: with an adapter those of the adapter, else all."
     return [p.requires_grad or not has_adapter(model) for p in model.parameters()]
 
-def share_frozen(
-    copy:nn.Module, # of the model; changed in place
-    model:nn.Module, # with an adapter
-):
-    "Replace the frozen weights of a copy by those of the model themselves."
-    for name, weight in [*model.named_parameters()]:
-        if weight.requires_grad: continue
-        layer, _, own = name.rpartition('.')
-        setattr(copy.get_submodule(layer), own, weight)
+def copy_averaged(
+    model:nn.Module, # any network
+)->nn.Module: # its copy, with the same weights where no average is kept of them
+    "Copy a model, less the frozen weights under an adapter, which both have."
+    kept = {id(p): p for p, own in zip(model.parameters(), averaged_weights(model)) if not own}
+    return deepcopy(model, kept)
+
+# %% ../../nbs/1_model/11_adapters.ipynb #448562c3
+class _FrozenConv(torch.autograd.Function):
+    "A convolution whose weight gets no gradient."
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(weight)
+        ctx.about = x.shape, x.dtype, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,), (shape, dtype, stride, padding) = ctx.saved_tensors, ctx.about
+        return conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding).to(dtype), None, None, None, None
+
+class _FrozenLinear(torch.autograd.Function):
+    "A linear layer whose weight gets no gradient."
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad): return (grad@ctx.saved_tensors[0].to(grad.dtype)).to(ctx.dtype), None, None
+
+# %% ../../nbs/1_model/11_adapters.ipynb #b17747d3
+def _needs_input(layer): return any(p.requires_grad for p in layer.parameters(False)) or not torch.is_grad_enabled()
+
+class FrozenConv2d(nn.Conv2d):
+    "A convolution that keeps no input for the backward pass while its weights are frozen."
+    def forward(self,
+        x:Tensor, # features [B,C,H,W]
+    )->Tensor: # features [B,D,h,w]
+        "Compute the layer."
+        if _needs_input(self): return super().forward(x)
+        return _FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+class FrozenLinear(nn.Linear):
+    "A linear layer that keeps no copy of its weights for the backward pass while they are frozen."
+    def forward(self,
+        x:Tensor, # [...,C]
+    )->Tensor: # [...,D]
+        "Compute the layer."
+        return super().forward(x) if _needs_input(self) else _FrozenLinear.apply(x, self.weight, self.bias)
+
+def spare_frozen(
+    model:nn.Module, # whose frozen weights stay frozen; changed in place
+)->nn.Module: # the model
+    "Let frozen layers keep neither their input nor a copy of their weights for the backward pass."
+    for layer in model.modules():
+        if any(p.requires_grad for p in layer.parameters(False)): continue
+        plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == 'zeros'
+        if plain: layer.__class__ = FrozenConv2d
+        elif type(layer) is nn.Linear: layer.__class__ = FrozenLinear
+    return model
 
 # %% ../../nbs/1_model/11_adapters.ipynb #56af5d37
 _before = 'base_model.model.'                 # what peft puts before the names of weights in a file

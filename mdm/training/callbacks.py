@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from ..diffusion.objective import Diffusion, Noised
-from ..models.adapters import averaged_weights, has_adapter, share_frozen
+from ..models.adapters import averaged_weights, copy_averaged
 from ..text import TextEncoder
 from ..utils.pictures import Clip, clip_sheet, contact_sheet, pixels_to_signal
 from .sharded import full_tensor, local_tensors
@@ -280,10 +280,12 @@ class MovingAverage(Callback):
 
     def start(self):
         "Begin at the weights as they are."
-        self.averages = {d: AveragedModel(self.learn.model).eval().requires_grad_(False) for d in self.decays}
-        for average in self.averages.values():
-            change_dtype(average.module, self.dtype)
-            if has_adapter(self.learn.model): share_frozen(average.module, self.learn.model)
+        own = averaged_weights(self.learn.model)
+        for d in self.decays:
+            self.averages[d] = average = AveragedModel(nn.Module())
+            average.module = copy_averaged(self.learn.model)
+            average.eval().requires_grad_(False)
+            for p, used in zip(average.module.parameters(), own): p.data = p.data.to(self.dtype) if used else p.data
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')

@@ -24,10 +24,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
 from torch import nn
-from ..checkpoint import Checkpoint, load_inner, load_state, load_weights
+from ..checkpoint import Checkpoint, load_inner, load_state, load_weights, strip_prefix
 from ..data.embeddings import create_encoder_for
 from ..diffusion.objective import Diffusion
-from ..models.adapters import adapter_config, add_adapter, choose_layers, networks_of
+from ..models.adapters import adapter_config, add_adapter, choose_layers, networks_of, spare_frozen
 from ..models.nested_unet import NestedUNetConfig, create_model, model_scales
 from ..pipeline import MDMPipeline
 from ..recipe import Recipe
@@ -50,6 +50,12 @@ def tuned_networks(
     sizes = [recipe.data.side*s//scales[0] for s in scales]
     return [i for i, size in enumerate(sizes) if size in (recipe.finetune.networks or sizes)]
 
+def _load_once(model, path):
+    "Fill a model with weights as they lie in a file, so that memory never holds two copies of them."
+    state = {name: weight.float() for name, weight in strip_prefix(load_state(path)).items()}
+    load_weights(model.to('meta'), state, path)
+    model.load_state_dict(state, assign=True)
+
 def tune(
     model:nn.Module, # of the recipe; changed in place
     recipe:Recipe, # with a section `finetune`
@@ -57,13 +63,14 @@ def tune(
 )->nn.Module: # the model; raises what `load_state` and `load_weights` raise
     "Prepare a model for fine-tuning: load the trained weights, add the adapter, freeze the rest."
     f, networks = recipe.finetune, tuned_networks(recipe)
-    if load or f.rank: load_weights(model, load_state(f.checkpoint), f.checkpoint)
     if f.rank:
+        _load_once(model, f.checkpoint)
         layers = choose_layers(model, networks, f.targets)
-        return add_adapter(model, adapter_config(layers, f.rank, f.alpha, f.dora))
+        return spare_frozen(add_adapter(model, adapter_config(layers, f.rank, f.alpha, f.dora)))
+    if load: load_weights(model, load_state(f.checkpoint), f.checkpoint)
     names, weights = zip(*model.named_parameters())
     for weight, k in zip(weights, networks_of(names, model.config)): weight.requires_grad_(k in networks)
-    return model
+    return spare_frozen(model)
 
 # %% ../../nbs/3_training/10_learner.ipynb #d4dc74a5
 def build_model(

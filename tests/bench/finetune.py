@@ -4,8 +4,13 @@
 
 The new shape is a diamond, which the model has never seen and whose word no caption had. Its pictures are drawn like those of `shapes`, and the judge gets a template for it. Measured at every
 resolution, before and after: how often everything is right that captions of diamonds say (colour, shape, size, position, background), and the same for captions of the old shapes; `clean` also asks for
-a sharp outline. --prior N mixes in N pictures that the model draws of old captions before training. key=value changes the recipe, e.g. finetune.rank=16 finetune.networks=[] train.steps=800."""
-import argparse, io, json, random, tempfile, time
+a sharp outline. --prior N mixes in N pictures that the model draws of old captions before training. key=value changes the recipe, e.g. finetune.rank=16 finetune.networks=[] train.steps=800.
+
+    python tests/bench/finetune.py [key=value ...] --memory [RECIPE] [--batches 1 4] [--rank 8] [--precision float32 bfloat16] [--rehearse]
+
+The most memory that a process holds in two training steps of a recipe (cc12m_64x64) with random weights: full training, and an adapter on all layers, or on those of `finetune.networks` and
+`finetune.targets`; each in a process of its own, with and without activation checkpointing, torch and its libraries (0.8 GiB) included. The data are noise, the text encoder is left out. glibc is told not to keep what was freed."""
+import argparse, io, json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 from PIL import Image, ImageDraw
 from mdm.data import shapes, shapes_judge
@@ -55,12 +60,70 @@ def measure(pipe, prompts, wanted):
                          right=sum(right)/len(found), clean=sum(r and o.clean for r, o in zip(right, found))/len(found)))
     return levels[0], rows
 
+# ---- memory
+
+tiny = 'channels=[32,32] num_resnets=[1,1] num_attention_layers=[0,1] text_proj_dim=32'.split()
+
+def memory_recipe(name, changes, rehearse):
+    "The recipe to measure."
+    from mdm.recipe import load_recipe
+    small = [f'model.{o}' for o in tiny] + ['data.image_size=16', 'text.dim=16', 'text.encoder=hash'] if rehearse else []
+    recipe = load_recipe(name, [*small, 'train.warmup_steps=0', *(o for o in changes if not o.startswith('finetune.'))])
+    recipe.data.files = []
+    return recipe
+
+def write_random(spec):
+    "A checkpoint of random weights."
+    from mdm.checkpoint import save_checkpoint
+    from mdm.training.learner import build_model
+    from mdm.training.run import encoder_width
+    recipe = memory_recipe(spec['recipe'], spec['changes'], spec['rehearse'])
+    save_checkpoint(spec['checkpoint'], recipe, build_model(recipe, encoder_width(recipe.text), grow=False).state_dict())
+
+def two_steps(spec):
+    "Seconds of the second step, and GiB held at most."
+    from mdm.recipe import FinetuneConfig
+    from mdm.training.run import dry_run
+    bf16, checkpointing = (str(spec[k]).lower() for k in ('bf16', 'checkpointing'))
+    changes = [*spec['changes'], f"train.batch_size={spec['batch']}", f'train.bf16={bf16}', f'train.activation_checkpointing={checkpointing}']
+    recipe = memory_recipe(spec['recipe'], changes, spec['rehearse'])
+    if spec['adapter']:
+        own = dict(o.removeprefix('finetune.').split('=', 1) for o in spec['changes'] if o.startswith('finetune.'))
+        recipe.finetune = FinetuneConfig(spec['checkpoint'], rank=spec['rank'], **{k: json.loads(v) for k, v in own.items()})
+    return dry_run(recipe, 2)
+
+def in_a_process(what, **spec):
+    "Call one of the two functions above in a process of its own."
+    code = f'import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import finetune; print(json.dumps(finetune.{what}({spec!r})))'
+    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(2**18)}        # freed memory goes back at once, so that the peak is what is in use
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env=env)
+    if done.returncode: raise SystemExit(f'{spec}: {done.stderr[-2000:] or done.returncode}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+def memory(args):
+    "Measure full training and an adapter, and print a table."
+    print('| pictures | precision | activation checkpointing | full training, GiB | adapter, GiB | share | s per step |\n|---|---|---|---|---|---|---|', flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        spec = dict(recipe=args.memory, changes=args.changes, rehearse=args.rehearse, rank=args.rank, checkpoint=f'{folder}/random')
+        in_a_process('write_random', **spec)
+        for batch in args.batches:
+            for precision in args.precision:
+                for checkpointing in (False, True):
+                    row = dict(batch=batch, bf16=precision == 'bfloat16', checkpointing=checkpointing)
+                    (slow, full), (quick, adapter) = (in_a_process('two_steps', **spec, **row, adapter=o) for o in (False, True))
+                    print(f"| {batch} | {precision} | {'yes' if checkpointing else 'no'} | {full:.2f} | {adapter:.2f} | {adapter/full:.0%} | {slow:.1f} and {quick:.1f} |", flush=True)
+
+# ---- a new word
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('changes', nargs='*'), add('--model', default='shapes'), add('--pictures', type=int, default=20), add('--captions', type=int, default=64)
     add('--prior', type=int, default=0), add('--output', type=Path)
+    add('--memory', nargs='?', const='cc12m_64x64', metavar='RECIPE'), add('--batches', type=int, nargs='+', default=[1, 4]), add('--rank', type=int, default=8)
+    add('--precision', nargs='+', default=['float32', 'bfloat16'], choices=['float32', 'bfloat16']), add('--rehearse', action='store_true', help='on a tiny size, for --memory')
     args = parser.parse_args(argv)
+    if args.memory: return memory(args)
     out = args.output or Path(tempfile.mkdtemp())
     old_words = shapes_captions(args.captions, 3, plain=True)
     learn_word()
