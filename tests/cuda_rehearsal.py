@@ -13,7 +13,9 @@ from mdm.checkpoint import Checkpoint, load_checkpoint
 from mdm.diffusion.objective import Diffusion
 from mdm.diffusion.settings import SampleConfig
 from mdm.diffusion.sampler import for_img2img, for_inpaint, for_upscale, sample_steps
+from mdm.models.clips import ClipUNetConfig, for_animate
 from mdm.models.nested_unet import create_model
+from mdm.models.unet import UNetConfig
 from mdm.recipe import load_recipe
 from mdm.text import create_text_encoder
 from mdm.training.callbacks import *
@@ -235,6 +237,18 @@ def test_options_of_sampling(net, more): draw(net, **more)
                                   lambda: for_inpaint(torch.zeros(2, 3, 16, 16), torch.ones(2, 1, 16, 16), [2, 1])], ids=['upscale', 'img2img', 'inpaint'])
 @pytest.mark.parametrize('solver', ['ddpm', 'unipc'])
 def test_given_pictures(net, make, solver): draw(net, make(), solver=solver)
+
+@pytest.mark.parametrize('more', [dict(), dict(solver='ddpm'), dict(guidance_networks='inner'), dict(join=.5)], ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'plain')
+def test_clips(gpu, more):
+    "The loss of a nest of four frames around one, and clips whose first frame is given."
+    shape = dict(time_dim=16, num_groups=4)
+    inner = UNetConfig([8, 8], [1, 1], [0, 1], **shape)
+    model = create_model(ClipUNetConfig(channels=[8, 8, 8], num_resnets=[1, 1, 1], num_attention_layers=[0, 1, 0], num_temporal_attention_layers=[1, 0, 0], temporal_positional_encoding=True, inner=inner, **shape), 16).to(cuda)
+    diffusion = for_real(lambda: Diffusion(load_recipe('shapes', ['diffusion.mixed_ratio=[1,1]']).diffusion, model.scales))()
+    cond, mask = torch.zeros(2, 5, 16, device=cuda), torch.ones(2, 5, device=cuda)
+    loss = diffusion.loss(model, torch.zeros(2, 3, 16, 16, device=cuda), cond, mask)
+    assert devices([loss.loss, *loss.preds]) == {'cuda'}
+    draw((model, diffusion), for_animate(torch.zeros(1, 3, 8, 8), model.scales), **more)
 
 # ---- the model's other inputs
 
