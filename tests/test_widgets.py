@@ -1,5 +1,6 @@
 "The sampler widget without a browser: settings, the thread, Stop, errors, history, downloads."
 import base64, json, re, shutil, subprocess, sys, threading, time, zipfile
+from copy import deepcopy
 from dataclasses import replace
 from html import unescape
 from io import BytesIO
@@ -444,3 +445,38 @@ def test_an_adapter_is_added_in_the_notebook(checkpoint, adapters):
     assert 'adapter night' in [v for _, v in w.vary.options]
     visitors = ready(str(checkpoint), adapters=adapters, any_path=False).side_a.adapters
     assert len(visitors.children) == 2 and str(adapters) not in visitors.sliders['fog'].tooltip
+
+# ---- sizes and hints
+
+@pytest.fixture(scope='module')
+def wide(pipe):
+    "A model that was trained on rectangles."
+    recipe = deepcopy(pipe.recipe); recipe.data.buckets = ['32x32', '48x32', '32x64']
+    return MDMPipeline(pipe.model, recipe, pipe.encoder, device='cpu')
+
+def test_a_model_of_rectangles_offers_its_sizes(wide, pipe, tmp_path):
+    assert ready(pipe).size.layout.display == 'none'
+    w = ready(wide); assert w.size.options == (('32 × 32', ''), ('48 × 32', '48x32'), ('32 × 64', '32x64')) and w.size.layout.display is None
+    run(w, n=2, seed=4, size='48x32')
+    assert [o.shape for o in w.runs[0].sides[0].pictures()] == [(2, 32, 48, 3), (2, 16, 24, 3)] and not w.error.value
+    assert '48 × 32 pixels' in w.views.children[0].levels[0].value and '--ratio:1.5' in w.views.children[0].levels[0].value
+    theirs = wide('x', n=1, seed=4, size='48x32', negative_prompt=''); w.prompt.value = 'x'; run(w)
+    assert np.array_equal(drawn(w)[0], np.asarray(theirs[0])) and "size='48x32'" in unescape(w.copy.value)
+    w.scrub.value = 2; w.gif_button.click(); w.zip_button.click(); assert not w.error.value; w.scrub.value = w.scrub.max
+    data = links(w)['mdm_seed4.png']; assert Image.open(BytesIO(data)).text['size'] == '48x32'
+    w._use('0-0-1'); assert w.edit.picture.size == (48, 32); run(w); assert not w.error.value          # begin with it
+    w.edit.mode.value = 'fill in'; mask = Image.new('L', (48, 32)); mask.paste(255, (0, 0, 20, 32)); w.edit.brush.paint(png_bytes(mask)); run(w); assert not w.error.value
+    w.edit.mode.value = 'enlarge'; assert w.edit.picture.size == (24, 16); run(w); assert not w.error.value and drawn(w).shape == (2, 32, 48, 3)
+    w.size.value = ''; assert w.edit.picture.size == (16, 16)
+    again = ready(wide); again.again.take('a.png', data); assert again.size.value == '48x32' and 'not among' not in again.status.value
+    square = ready(pipe, any_path=False); square.again.take('a.png', data); assert square.size.value == '' and 'size 48x32 is not among' in square.status.value
+    mine = ready(pipe); mine.again.take('a.png', data); assert mine.size.value == '48x32' and mine.size.layout.display is None      # a notebook may draw any
+    w.past[len(w.runs) - 1].button.click(); assert w.size.value == '48x32'
+    with pytest.raises(ValueError, match='is no size'): replace(w.settings, size='9999999x1').check()
+
+def test_a_prompt_that_is_too_long_is_told_while_it_is_typed(pipe):
+    w = ready(pipe); w.prompt.value = 'a red ring'; assert 'longer' not in w.hint.value
+    w.prompt.value = 'red ' * 200; assert 'longer than the text encoder reads' in w.hint.value and 'are left out' in w.hint.value
+    w.prompt.value = 'a ring'; w.negative.value = 'fog, ' * 120; assert 'longer than' in w.hint.value
+    w.negative.value = ''; assert 'longer' not in w.hint.value
+    w.prompt.value = '<b>' + 'red '*100 + '\n' + 'blue '*30; w.several.value = True; assert 'longer' not in w.hint.value or '<b>' not in w.hint.value
