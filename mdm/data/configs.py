@@ -31,6 +31,7 @@ class FolderConfig(PicturesConfig):
     caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
+    follow_links: bool = False # follow links to folders; a folder that is reached twice is read once
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
 # %% ../../nbs/2_data/07_configs.ipynb #e327a766
