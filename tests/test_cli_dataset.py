@@ -264,7 +264,7 @@ def test_links_to_folders_are_told_or_followed(tmp_path, call, refused):
     code, out, _ = call('folder', tmp_path/'in', tmp_path/'a')
     assert code == 0 and '2 pictures' in out and '3 x link to a folder, which is not followed: give that folder itself, or --follow-links' in out
     code, out, _ = call('folder', tmp_path/'in', tmp_path/'b', '--follow-links')
-    assert code == 0 and '5 pictures' in out and '4 x folder that is reached in another way' in out.replace('3 x folder', '4 x folder'), out
+    assert code == 0 and '5 pictures' in out and '4 x folder that is reached in another way, too' in out, out
     again = files(tmp_path/'b'); assert call('folder', tmp_path/'in', tmp_path/'b', '--follow-links')[0] == 0 and files(tmp_path/'b') == again
     assert read_manifest(tmp_path/'b')['settings']['follow_links'] is True and 'follow_links' not in read_manifest(tmp_path/'a')['settings']
 
@@ -280,7 +280,7 @@ def test_columns_of_a_table_reach_the_shards(tmp_path, call):
     pictures = put(tmp_path/'in', 4)
     for p in pictures.glob('*.txt'): p.unlink()
     (pictures/'metadata.csv').write_text('file_name,text,aesthetic,note,file\n0.jpg,one,6.5,fine,x\n1.jpg,two,4,,y\n2.jpg,three\n')
-    (pictures/'captions.jsonl').write_text(json.dumps(dict(file_name='3.jpg', text='four', aesthetic=7, tags=['a', 'b'], captions=['not this'], size=dict(w=3))) + '\n')
+    (pictures/'captions.jsonl').write_text(json.dumps(dict(file_name='3.jpg', text='four', aesthetic=7, tags=['a', 'b'], size=dict(w=3))) + '\n')
     (pictures/'0.json').write_text('{"aesthetic": 1, "hand": 2}')
     assert call('folder', pictures, tmp_path/'s')[0] == 0
     found = facts(tmp_path/'s')
@@ -298,7 +298,7 @@ def test_shards_from_before_take_new_pictures(tmp_path, call, refused):
     items, _, there, _ = shards._listing(pictures); old = shards._states(items, there, {})
     assert {k for k in new if new[k] != old[k]} == {'0.jpg'}
     (tmp_path/'s'/'packed.json').write_text(json.dumps(dict(source=packed['source'], files=old)))
-    put(pictures, 4); [(pictures/f'{k}.jpg').touch() for k in ()]
-    assert 'changed' not in call('folder', pictures, tmp_path/'s')[2]
+    for kind in ('jpg', 'txt'): (pictures/f'9.{kind}').write_bytes((pictures/f'0.{kind}').read_bytes())
+    code, out, err = call('folder', pictures, tmp_path/'s'); assert code == 0 and '4 pictures' in out, err
     table.write_text('file_name,text,score\n0.jpg,one,6\n')
     assert 'changed or gone' in refused('folder', pictures, tmp_path/'s')              # another score is another sample
