@@ -7,7 +7,9 @@ import psutil, pytest, torch
 from PIL import Image
 import browser as browser_setup
 from browser import advice, find_browser
-from mdm.cli.app import free_port, is_local, mdm_app, named_checkpoints, write_page
+from mdm.cli.app import free_port, is_local, mdm_app, named_checkpoints, offered_adapters, write_page
+from mdm.widgets.forks import _try_adapter
+from tiny_models import pipe, write_adapter
 
 evil = '<script>document.title="owned"</script><img src=x onerror="document.title=1">a red circle'
 ready = 90_000   # ms: the page starts a Python process that loads PyTorch
@@ -391,6 +393,19 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
     assert named_checkpoints(['shapes']) == {'shapes': 'shapes'}                       # a folder of shards, say
     notebook = json.loads(write_page(tmp_path/'page', {evil + "'\"\\": 'x'}).read_text())
     compile(notebook['cells'][1]['source'], 'cell', 'exec')
+
+def test_adapters_on_the_command_line(tmp_path, pipe, capsys):
+    write_adapter(tmp_path/'all'/'night', pipe.model, ['conv1']); write_adapter(tmp_path/'all'/'fog', pipe.model, ['conv1'])
+    found = offered_adapters([f'{tmp_path}/all/night:0.5', str(tmp_path/'all'/'fog')])
+    assert found == dict(night=(str(tmp_path/'all'/'night'), .5), fog=(str(tmp_path/'all'/'fog'), 1.)) and list(offered_adapters([f'{tmp_path}/all:0'])) == ['fog', 'night']
+    notebook = json.loads(write_page(tmp_path/'page', dict(shapes='shapes'), adapters=found).read_text())
+    made = {}; exec(notebook['cells'][1]['source'].replace('\nSamplerWidget', '\nw = SamplerWidget'), made)      # what runs for a visitor
+    w = made['w']; w.wait(60); assert w.side_a.adapters.values == {'adapter night': .5, 'adapter fog': 1.} and str(tmp_path) not in w.side_a.adapters.sliders['fog'].tooltip
+    w.n.value = 1; w.run(); w.wait(60); assert 'another model' in w.error.value and str(tmp_path) not in w.error.value
+    _try_adapter(str(tmp_path/'all'/'fog'), [pipe]); assert 'none of the models' not in capsys.readouterr().err
+    _try_adapter(str(tmp_path/'all'/'fog'), [w.side_a.pipe]); assert f'{tmp_path}/all/fog can be used with none of the models' in capsys.readouterr().err
+    for path, words in ((tmp_path/'none', 'no folder'), ('shapes', 'whole model')):
+        assert mdm_app(['shapes', '--port', '0', '--adapter', str(path)]) == 2 and words in capsys.readouterr().err
 
 # ---- the browser of these tests
 

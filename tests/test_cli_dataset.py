@@ -253,3 +253,52 @@ def test_inspect_tells_what_filters_would_leave(tmp_path, call, refused):
     assert code == 0 and 'filters would leave:\n  8 of 8 (100.0%): side >= 30\n  0 of 8 (0.0%): aspect < 1\n  0 of 8 (0.0%): all of them' in out
     assert json.loads((tmp_path/'look/counts.json').read_text())['left'] == {'side >= 30': 8, 'all of them': 0}
     assert "'sharp' is no condition" in refused('inspect', tmp_path/'s', '--filter', 'sharp')
+
+# ---- links to folders, and further columns of tables
+
+def test_links_to_folders_are_told_or_followed(tmp_path, call, refused):
+    put(tmp_path/'far', 3); (tmp_path/'in').mkdir(); (tmp_path/'in'/'more').symlink_to(tmp_path/'far')
+    said = refused('folder', tmp_path/'in', tmp_path/'a')                             # nothing but a link: say what it is, and what helps
+    assert f'more -> {tmp_path}/far' in said and '--follow-links' in said and 'give that folder itself' in said
+    put(tmp_path/'in'/'near', 2); (tmp_path/'in'/'near'/'loop').symlink_to(tmp_path/'in'); (tmp_path/'in'/'zz').symlink_to(tmp_path/'far'); (tmp_path/'far'/'back').symlink_to(tmp_path)
+    code, out, _ = call('folder', tmp_path/'in', tmp_path/'a')
+    assert code == 0 and '2 pictures' in out and '3 x link to a folder, which is not followed: give that folder itself, or --follow-links' in out
+    code, out, _ = call('folder', tmp_path/'in', tmp_path/'b', '--follow-links')
+    assert code == 0 and '5 pictures' in out and '4 x folder that is reached in another way, too' in out, out
+    again = files(tmp_path/'b'); assert call('folder', tmp_path/'in', tmp_path/'b', '--follow-links')[0] == 0 and files(tmp_path/'b') == again
+    assert read_manifest(tmp_path/'b')['settings']['follow_links'] is True and 'follow_links' not in read_manifest(tmp_path/'a')['settings']
+
+def facts(folder):
+    "Content of the .json of every sample, by its picture."
+    found = {}
+    for path in Path(folder).glob('*.tar'):
+        with tarfile.open(path) as t: found |= {o['file']: o for o in (json.load(t.extractfile(m)) for m in t if m.name.endswith('.json'))}
+    return found
+
+def test_columns_of_a_table_reach_the_shards(tmp_path, call):
+    "Scores in a table serve filters as those in a .json beside the picture do."
+    pictures = put(tmp_path/'in', 4)
+    for p in pictures.glob('*.txt'): p.unlink()
+    (pictures/'metadata.csv').write_text('file_name,text,aesthetic,note,file\n0.jpg,one,6.5,fine,x\n1.jpg,two,4,,y\n2.jpg,three\n')
+    (pictures/'captions.jsonl').write_text(json.dumps(dict(file_name='3.jpg', text='four', aesthetic=7, tags=['a', 'b'], size=dict(w=3))) + '\n')
+    (pictures/'0.json').write_text('{"aesthetic": 1, "hand": 2}')
+    assert call('folder', pictures, tmp_path/'s')[0] == 0
+    found = facts(tmp_path/'s')
+    assert found['0.jpg'] == dict(aesthetic='6.5', hand=2, note='fine', file='0.jpg') and found['1.jpg'] == dict(aesthetic='4', file='1.jpg') and found['2.jpg'] == dict(file='2.jpg')
+    assert found['3.jpg'] == dict(aesthetic=7, tags=['a', 'b'], size=dict(w=3), file='3.jpg')
+    out = call('inspect', tmp_path/'s', '--output', tmp_path/'look', '--filter', 'aesthetic >= 6')[1]
+    assert '2 of 4 (50.0%): aesthetic >= 6' in out
+
+def test_shards_from_before_take_new_pictures(tmp_path, call, refused):
+    "Folders that were packed when tables had no facts can still grow."
+    pictures = put(tmp_path/'in', 3); table = pictures/'metadata.csv'
+    table.write_text('file_name,text,score\n0.jpg,one,5\n')
+    assert call('folder', pictures, tmp_path/'s')[0] == 0
+    packed = json.loads((tmp_path/'s'/'packed.json').read_text()); new = dict(packed['files'])
+    items, _, there, _ = shards._listing(pictures); old = shards._states(items, there, {})
+    assert {k for k in new if new[k] != old[k]} == {'0.jpg'}
+    (tmp_path/'s'/'packed.json').write_text(json.dumps(dict(source=packed['source'], files=old)))
+    for kind in ('jpg', 'txt'): (pictures/f'9.{kind}').write_bytes((pictures/f'0.{kind}').read_bytes())
+    code, out, err = call('folder', pictures, tmp_path/'s'); assert code == 0 and '4 pictures' in out, err
+    table.write_text('file_name,text,score\n0.jpg,one,6\n')
+    assert 'changed or gone' in refused('folder', pictures, tmp_path/'s')              # another score is another sample

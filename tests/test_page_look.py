@@ -79,6 +79,10 @@ def test_a_picture_opens_large(page):
     page.get_by_role('heading', name='Seed 2', exact=True).wait_for()
     page.keyboard.press('ArrowLeft'); page.keyboard.press('ArrowLeft')
     page.get_by_role('heading', name='Seed 4', exact=True).wait_for()
+    large.get_by_role('button', name='Next picture').click()                    # a telephone has no arrow keys
+    page.get_by_role('heading', name='Seed 1', exact=True).wait_for()
+    page.keyboard.press('Enter'); page.get_by_role('heading', name='Seed 2', exact=True).wait_for()      # the focus stays on the button
+    large.get_by_role('button', name='Previous picture').click(); page.get_by_role('heading', name='Seed 1', exact=True).wait_for()
     page.keyboard.press('Escape')
     page.wait_for_function("!document.querySelector('.mdm-large:popover-open')")
     page.locator('.mdm-open').nth(1).click()

@@ -2,13 +2,14 @@
 import io, json, random, shlex, sys, threading, zipfile, zlib
 from dataclasses import replace
 import numpy as np, pytest, torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from mdm.cli.sample import mdm_sample
 from mdm.data.shapes import random_shape
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
 from mdm.text import split_words
+from mdm.utils import pictures
 from mdm.utils.pictures import caption_font, contact_sheet, png_bytes
 from mdm.widgets import editing, fields
 from mdm.widgets.drawing import film, film_pictures, labelled_sheet, mp4_bytes
@@ -315,3 +316,19 @@ def test_a_training_keeps_the_words_of_its_captions(tmp_path):
     about = json.loads(path.read_text()); del about['extra']['training']['words']; path.write_text(json.dumps(about))
     known_words.cache_clear()
     assert known_words(tmp_path/'run') is None
+
+def test_letters_that_the_font_of_captions_lacks(monkeypatch):
+    "Emoji come from a font of the system; what no font has is written as its number, and never as a box."
+    pixels = lambda text: np.asarray(contact_sheet([Image.new('RGB', (64, 64), 'white')], [text]))[132:]
+    colourful = lambda a: (a.max(-1).astype(int) - a.min(-1) > 60).any()
+    monkeypatch.setattr(pictures, '_system_fonts', lambda: []); pictures.font_with.cache_clear()
+    try:
+        assert pictures.font_with('猫') is None and np.array_equal(pixels('a 猫'), pixels('a U+732B')) and not np.array_equal(pixels('猫'), pixels('犬'))
+        long = pixels('一只红色的猫坐在沙发上'); assert (long < 128).any() and not colourful(pixels('a 🐻'))
+        assert pictures.drawable('👍🏽!\u3000x') in ('U+1F44D ! x', '👍🏽! x')                      # a mark of a letter that is written as its number is left out
+    finally: monkeypatch.undo(); pictures.font_with.cache_clear()
+    emoji = pictures.font_with('🐻')
+    if emoji and 'emoji' in emoji.lower(): assert colourful(pixels('a 🐻 on grass')) and not np.array_equal(pixels('👍🏽'), pixels('👍'))
+    plain = Image.new('RGB', (128, 60), 'white'); ImageDraw.Draw(plain).multiline_text((4, 4), 'a größer\nring', 'black', caption_font(), spacing=3)
+    mine = Image.new('RGB', (128, 60), 'white'); pictures._write_caption(mine, (4, 4), 'a größer\nring', pictures.CaptionFont())
+    assert np.array_equal(np.asarray(plain), np.asarray(mine))                                     # all other captions are as before

@@ -1,11 +1,14 @@
 "The sampler widget without a browser: settings, the thread, Stop, errors, history, downloads."
 import base64, json, re, shutil, subprocess, sys, threading, time, zipfile
+from copy import deepcopy
 from dataclasses import replace
 from html import unescape
 from io import BytesIO
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from mdm.checkpoint import save_checkpoint
+from mdm.cli.sample import mdm_sample
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import DistillConfig, load_recipe
@@ -17,7 +20,8 @@ from mdm.widgets.state import SamplerSettings, Side, avoided, path_bytes, styles
 from mdm.utils.files import bundled
 from mdm.utils.pictures import png_bytes
 from mdm.utils.configs import options
-from tiny_models import pipe
+from mdm.widgets.exchange import read_settings
+from tiny_models import pipe, tiny, write_adapter
 
 evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -353,3 +357,126 @@ def test_the_interpreter_can_leave_while_sampling():
     code = "from mdm.widgets.sampler import SamplerWidget\nw = SamplerWidget('shapes'); w.wait()\nassert not w.error.value, w.error.value\nw.side_a.sampling['steps'].value = 1000\nw.run()\nimport time; time.sleep(.5); assert w.busy; print('leaving')"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and out.stdout.strip() == 'leaving' and not out.stderr, out
+
+# ---- adapters
+
+@pytest.fixture(scope='module')
+def checkpoint(pipe, tmp_path_factory):
+    for p in pipe.model.parameters(): torch.nn.init.normal_(p, std=.05) if not p.any() else None      # layers that begin at zero hide everything behind them
+    return save_checkpoint(tmp_path_factory.mktemp('model')/'model', pipe.recipe, pipe.model.state_dict(), pipe.model.state_dict(), 1)
+
+@pytest.fixture(scope='module')
+def adapters(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('adapters')
+    for k, name in enumerate(('fog', 'night')): write_adapter(folder/name, pipe.model, ['cond_emb', 'conv1'], seed=k)
+    (folder/'notes').mkdir()
+    return folder
+
+def drawn(w): return w.runs[0].sides[0].pictures()[0]
+def strengths(w, side='side_a', **values):
+    for k, v in values.items(): getattr(w, side).adapters.sliders[k].value = v
+
+def test_pictures_with_adapters_are_those_of_mdm_sample(checkpoint, adapters, tmp_path, capsys, monkeypatch):
+    w = ready(str(checkpoint), adapters=adapters, device='cpu')
+    assert list(w.side_a.adapters.sliders) == ['fog', 'night'] and list(w.shelf.loaded) == [(str(checkpoint), '')]
+    loaded = w.shelf(str(checkpoint)); before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+    plain = drawn(run(w, prompt='a red ring', n=2, seed=5))
+    strengths(w, night=.8, fog=1.); both = drawn(run(w))
+    assert not w.error.value and not np.array_equal(both, plain)
+    command, code = [unescape(o) for o in re.findall('<pre[^>]*>(.*?)</pre>', w.copy.value, re.S)]
+    assert f'--adapter {adapters/"fog"} --adapter {adapters/"night"}:0.8' in command
+    monkeypatch.chdir(tmp_path); import shlex
+    assert mdm_sample([*shlex.split(command)[1:], '--output', 'by_command', '--device', 'cpu']) == 0, capsys.readouterr()
+    theirs = [np.asarray(Image.open(o)) for o in sorted((tmp_path/'by_command'/'0001').glob('*.png'))]
+    assert np.array_equal(both, theirs)
+    names = {}; exec(code, names); assert np.array_equal(both, [np.asarray(o) for o in names['pictures']])
+    strengths(w, night=0., fog=0.); assert np.array_equal(drawn(run(w)), plain)     # changed between runs
+    assert w.shelf(str(checkpoint)) is loaded and all(torch.equal(v, before[k]) for k, v in loaded.model.state_dict().items())      # and nothing was loaded anew
+    assert all(o.adapted is None for r in w.runs for o in r.sides)                  # the history holds no weights
+
+def test_adapters_come_back_from_a_picture(checkpoint, adapters, tmp_path, capsys):
+    w = run(ready(str(checkpoint), adapters=adapters), n=1, seed=5); strengths(w, fog=.35, night=2.); run(w)
+    assert w.side_a.adapters.sliders['night'].value == 1.5; w.side_a.adapters.values = {'adapter fog': .35, 'adapter night': 2.}; run(w)
+    data = links(w)['mdm_seed5.png']; text = Image.open(BytesIO(data)).text
+    assert text['adapter'] == 'fog:0.35 night:2' and 'adapter fog' not in text
+    assert 'fog:0.35 night:2' in w.views.children[0].levels[0].value                # the large view tells it
+    fresh = ready(str(checkpoint), adapters=adapters)
+    fresh.again.take('a.png', data); assert fresh.side_a.adapters.values == {'adapter fog': .35, 'adapter night': 2.} and not fresh.error.value
+    run(fresh); assert np.array_equal(drawn(fresh), drawn(w))
+    assert mdm_sample([str(checkpoint), 'a ring', '--n', '1', '--adapter', f'{adapters/"night"}:0.5', '--output', str(tmp_path/'out')]) == 0
+    fresh.again.take('b.png', (tmp_path/'out'/'0001'/'000_seed0.png').read_bytes()); assert fresh.side_a.adapters.values == {'adapter night': .5}
+    strange = ready(str(checkpoint)); strange.again.take('a.png', data)
+    assert "adapter 'fog' is not among those here" in unescape(strange.status.value) and not strange.side_a.adapters.values
+
+def test_sides_with_and_without_an_adapter(checkpoint, adapters):
+    w = ready(str(checkpoint), adapters=dict(fog=adapters/'fog'))
+    w.compare.value = True; strengths(w, 'side_b', fog=1.); run(w, n=1, seed=3)
+    a, b = (o.pictures()[0] for o in w.runs[0].sides)
+    assert not np.array_equal(a, b) and 'adapter fog 1.0' in w.views.children[1].title.value
+    w.vary.value = 'adapter fog'; run(w, values_='0, .5, 1')
+    grid = [o.pictures()[0] for o in w.runs[0].sides]
+    assert np.array_equal(grid[0], a) and np.array_equal(grid[2], b) and not np.array_equal(grid[1], a) and 'adapter fog 0.5' in w.views.children[1].title.value
+    data = links(w)['mdm_seed3_b.png']; other = ready(str(checkpoint), adapters=adapters/'fog'); other.again.take('a.png', data)
+    assert (other.vary.value, other.values_.value) == ('adapter fog', '0.0, 0.5, 1.0') and not other.error.value
+
+def test_adapters_that_are_none_are_refused(pipe, checkpoint, adapters, tmp_path):
+    for path, words in ((tmp_path/'nothing', 'no folder'), (checkpoint, 'whole model')):
+        with pytest.raises((OSError, ValueError), match=words): SamplerWidget(str(checkpoint), adapters=[path])
+    broken = tmp_path/'broken'; shutil.copytree(adapters/'fog', broken); (broken/'adapter_model.safetensors').write_bytes(b'x')
+    with pytest.raises(ValueError, match='damaged'): SamplerWidget(str(checkpoint), adapters=[broken])
+    other = load_recipe('shapes', [*tiny, 'model.inner.channels=[16,16]'])
+    write_adapter(tmp_path/'other', create_model(other.model, 8), ['conv1'])
+    for any_path in (True, False):
+        w = ready(str(checkpoint), adapters=[(tmp_path/'other', 1.)], any_path=any_path); run(w, n=1)
+        told = unescape(w.error.value); assert "adapter 'other'" in told and 'another model' in told and str(tmp_path) not in told and not w.runs
+    strengths(w, other=0.); run(w, n=1); assert not w.error.value
+    (tmp_path/'other'/'adapter_config.json').unlink(); strengths(w, other=1.); run(w)
+    assert 'cannot be opened' in w.error.value and str(tmp_path) not in w.error.value       # visitors learn no path
+    forged = ready(str(checkpoint), any_path=False); forged.side_a.adapters.sliders['x'] = type('S', (), dict(value=1.))(); run(forged)
+    assert "no adapter called 'x'" in unescape(forged.error.value)
+    w = ready(str(checkpoint), adapters=adapters); slider = w.side_a.adapters.sliders['fog']; slider.max = 1e9; slider.value = 1e8; run(w)
+    assert 'from -10 to 10' in w.error.value
+
+def test_an_adapter_is_added_in_the_notebook(checkpoint, adapters):
+    w = ready(str(checkpoint)); add = w.side_a.adapters
+    add.place.value = str(adapters/'nothing'); add.add_button.click(); assert 'no folder' in w.error.value
+    add.place.value = str(adapters); add.add_button.click()
+    assert not w.error.value and add.values == {'adapter fog': 1., 'adapter night': 1.} and list(w.side_b.adapters.sliders) == ['fog', 'night'] and not w.side_b.adapters.values
+    assert 'adapter night' in [v for _, v in w.vary.options]
+    visitors = ready(str(checkpoint), adapters=adapters, any_path=False).side_a.adapters
+    assert len(visitors.children) == 2 and str(adapters) not in visitors.sliders['fog'].tooltip
+
+# ---- sizes and hints
+
+@pytest.fixture(scope='module')
+def wide(pipe):
+    "A model that was trained on rectangles."
+    recipe = deepcopy(pipe.recipe); recipe.data.buckets = ['32x32', '48x32', '32x64']
+    return MDMPipeline(pipe.model, recipe, pipe.encoder, device='cpu')
+
+def test_a_model_of_rectangles_offers_its_sizes(wide, pipe, tmp_path):
+    assert ready(pipe).size.layout.display == 'none'
+    w = ready(wide); assert w.size.options == (('32 × 32', ''), ('48 × 32', '48x32'), ('32 × 64', '32x64')) and w.size.layout.display is None
+    run(w, n=2, seed=4, size='48x32')
+    assert [o.shape for o in w.runs[0].sides[0].pictures()] == [(2, 32, 48, 3), (2, 16, 24, 3)] and not w.error.value
+    assert '48 × 32 pixels' in w.views.children[0].levels[0].value and '--ratio:1.5' in w.views.children[0].levels[0].value
+    theirs = wide('x', n=1, seed=4, size='48x32', negative_prompt=''); w.prompt.value = 'x'; run(w)
+    assert np.array_equal(drawn(w)[0], np.asarray(theirs[0])) and "size='48x32'" in unescape(w.copy.value)
+    w.scrub.value = 2; w.gif_button.click(); w.zip_button.click(); assert not w.error.value; w.scrub.value = w.scrub.max
+    data = links(w)['mdm_seed4.png']; assert Image.open(BytesIO(data)).text['size'] == '48x32'
+    w._use('0-0-1'); assert w.edit.picture.size == (48, 32); run(w); assert not w.error.value          # begin with it
+    w.edit.mode.value = 'fill in'; mask = Image.new('L', (48, 32)); mask.paste(255, (0, 0, 20, 32)); w.edit.brush.paint(png_bytes(mask)); run(w); assert not w.error.value
+    w.edit.mode.value = 'enlarge'; assert w.edit.picture.size == (24, 16); run(w); assert not w.error.value and drawn(w).shape == (2, 32, 48, 3)
+    w.size.value = ''; assert w.edit.picture.size == (16, 16)
+    again = ready(wide); again.again.take('a.png', data); assert again.size.value == '48x32' and 'not among' not in again.status.value
+    square = ready(pipe, any_path=False); square.again.take('a.png', data); assert square.size.value == '' and 'size 48x32 is not among' in square.status.value
+    mine = ready(pipe); mine.again.take('a.png', data); assert mine.size.value == '48x32' and mine.size.layout.display is None      # a notebook may draw any
+    w.past[len(w.runs) - 1].button.click(); assert w.size.value == '48x32'
+    with pytest.raises(ValueError, match='is no size'): replace(w.settings, size='9999999x1').check()
+
+def test_a_prompt_that_is_too_long_is_told_while_it_is_typed(pipe):
+    w = ready(pipe); w.prompt.value = 'a red ring'; assert 'longer' not in w.hint.value
+    w.prompt.value = 'red ' * 200; assert 'longer than the text encoder reads' in w.hint.value and 'are left out' in w.hint.value
+    w.prompt.value = 'a ring'; w.negative.value = 'fog, ' * 120; assert 'longer than' in w.hint.value
+    w.negative.value = ''; assert 'longer' not in w.hint.value
+    w.prompt.value = '<b>' + 'red '*100 + '\n' + 'blue '*30; w.several.value = True; assert 'longer' not in w.hint.value or '<b>' not in w.hint.value

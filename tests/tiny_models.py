@@ -1,7 +1,11 @@
 "What several files of tests share: small models, and learners that train them."
+from copy import deepcopy
+from pathlib import Path
 import pytest, torch
+from safetensors.torch import save_file
 from mdm.data.loader import create_dls
 from mdm.data.shapes import write_shapes
+from mdm.models.adapters import adapter_config, adapter_state, add_adapter, choose_layers
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
@@ -31,6 +35,15 @@ def pipe():
     recipe = load_recipe('shapes', ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,8]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,0]',
         'model.inner.time_dim=32', 'model.inner.num_groups=4', 'model.inner.num_text_layers=0', 'text.dim=16', 'train.bf16=false', 'sample.steps=6'])
     return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
+
+def write_adapter(folder, model, targets, rank=2, seed=0):
+    "A random adapter of a model in a folder, as peft writes one."
+    tuned, folder = add_adapter(deepcopy(model), adapter_config(choose_layers(model, None, targets), rank)), Path(folder)
+    folder.mkdir(parents=True)
+    make = torch.Generator().manual_seed(seed)
+    save_file({k: torch.randn(v.shape, generator=make)/3 for k, v in adapter_state(tuned).items()}, folder/'adapter_model.safetensors')
+    tuned.adapter.save_pretrained(folder)
+    return folder
 
 # ---- a learner
 

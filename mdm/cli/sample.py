@@ -7,15 +7,16 @@ __all__ = ['save_png', 'make_sheet', 'next_number', 'read_prompts', 'sample_with
            'clean_after', 'read_adapter_wish', 'mdm_sample']
 
 # %% ../../nbs/5_edges/07_sample.ipynb #e4c02529
-import argparse, re, shutil, warnings
+import argparse, re, shlex, shutil, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from .command import (add_sampling_flags, at_least, check_device, check_output, make_parser, progress_bar,
-                             run_command, sampling_wishes, say, verify_checkpoints)
+from .command import (add_sampling_flags, at_least, check_device, check_output, make_parser, run_command,
+                             sampling_wishes, say, verify_checkpoints)
 from ..utils.files import only_writer
+from ..utils.progress import progress_bar
 
 # %% ../../nbs/5_edges/07_sample.ipynb #db9417ca
 def save_png(
@@ -292,7 +293,7 @@ def _about(args, config, given, named):
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
     found = find_checkpoint(args.checkpoint).name if readable(args.checkpoint).is_dir() else ''
     step = {} if found in ('', Path(args.checkpoint).name) else dict(step=found)         # the newest one may change
-    if args.adapter: named = dict(named, adapter=' '.join(args.adapter))
+    if args.adapter: named = dict(named, adapter=shlex.join(args.adapter))       # paths may contain blanks
     return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=args.checkpoint,
                 weights=weights, **step, software='mdm')
 

@@ -34,6 +34,7 @@ class FolderConfig(PicturesConfig):
     clips: bool = False # pack videos, and animated GIF, WebP and PNG files, instead of pictures
     classes: bool = False # every folder in the folder is a class, with its pictures; captions are the names of the folders
     caption_names: bool = False # pictures without another caption take their file names: red_apple-02.jpg shows a red apple
+    follow_links: bool = False # follow links to folders; a folder that is reached twice is read once
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
     def rules(self):

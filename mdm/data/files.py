@@ -617,6 +617,7 @@ def read_table(
     kind:str|None=None, # 'csv', 'tsv', 'jsonl', 'txt' or 'parquet'; None: what its name says
     names:list[str]|None=None, # columns of a csv or tsv without a header line; None: its first line has their names
     keep:list[str]|None=None, # the columns that are wanted; None: all
+    also:list[str]=(), # further columns, in which a row may have no cell
     quotes:bool=True, # in a tsv, quotation marks enclose cells; False: a row is a line, and marks are text
     errors:str='surrogateescape', # for bytes that are not UTF-8: 'strict' is an error, 'surrogateescape' keeps them
     misfits:Callable|None=None, # gets (line, cells, problem) of a row that does not fit; None: too many cells are an error, missing ones ''
@@ -625,7 +626,7 @@ def read_table(
     path = os.fspath(path)
     kind, n = _table_kind(path, kind), 0
     if kind == 'parquet':
-        yield from parquet_rows(path, keep)
+        yield from parquet_rows(path, keep and [*keep, *also])
         return
     with _text_lines(path, kind, errors, quotes) as f:
         rows = _dicts(f, kind, names, quotes, keep, misfits)
@@ -638,7 +639,7 @@ def read_table(
             except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as e:
                 damaged = f'after line {n}: damaged, or not a table of this kind (.{kind}): '
                 raise ValueError(f"{redact(path)}, {'' if kind == 'jsonl' else damaged}{e}") from e
-            yield n, row if keep is None else {k: row[k] for k in keep if k in row}
+            yield n, row if keep is None else {k: row[k] for k in (*keep, *also) if k in row}
 
 # %% ../../nbs/2_data/02_files.ipynb #13eccf01
 CAPTION_COLUMNS = ('text', 'caption', 'captions', 'prompt', 'description')   # usual names of the column with captions

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'KEPT_FORMATS', 'CLIP_FILES', 'BAD_PROFILE', 'PICTURE_FILES', 'NOT_THERE', 'ORPHAN', 'LINKED_FOLDER',
-           'DEAD_LINK', 'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_TABLES', 'CAPTION_FILES', 'UNREADABLE',
-           'NO_FOLDER', 'PACKED', 'write_manifest', 'add_sample', 'ShardWriter', 'skip_cause', 'prepare_picture',
-           'prepare_clip', 'about_picture', 'make_key', 'normalize_path', 'misfit', 'list_folder', 'ordered_map',
-           'items_bar', 'result_or_skip', 'read_metadata', 'name_caption', 'captions_beside', 'folder_sample',
-           'class_folders', 'class_sample', 'refuse_empty', 'write_folder']
+           'TWICE', 'DEAD_LINK', 'OTHER_FILE', 'WAITING', 'FILE_COLUMNS', 'CAPTION_KEYS', 'CAPTION_TABLES',
+           'CAPTION_FILES', 'UNREADABLE', 'NO_FOLDER', 'PACKED', 'write_manifest', 'add_sample', 'ShardWriter',
+           'skip_cause', 'prepare_picture', 'prepare_clip', 'about_picture', 'make_key', 'normalize_path', 'misfit',
+           'list_folder', 'ordered_map', 'items_bar', 'result_or_skip', 'read_metadata', 'name_caption',
+           'captions_beside', 'folder_sample', 'class_folders', 'class_sample', 'refuse_empty', 'write_folder']
 
 # %% ../../nbs/2_data/08_shards.ipynb #16849fe0
 import csv, hashlib, io, json, os, posixpath, re, tarfile, unicodedata
@@ -271,22 +271,34 @@ def normalize_path(
 PICTURE_FILES = tuple(f'.{ext}' for ext in PICTURES)
 NOT_THERE = 'picture that the metadata names but that is not there'
 ORPHAN = 'caption without a picture'
-LINKED_FOLDER = 'link to a folder, which is not followed: give that folder itself'
+LINKED_FOLDER = 'link to a folder, which is not followed: give that folder itself, or --follow-links'
+TWICE = 'folder that is reached in another way, too'
 DEAD_LINK = 'link to a file that is not there'
 OTHER_FILE = 'file that is no picture, caption or table'
 
 _SYSTEM = ('thumbs.db', 'desktop.ini', 'icon\r')             # files that systems leave behind
 
-def _walk(folder, without):
+def _unlinked(root, folders, follow, seen):
+    "(name, reason) of the folders that are not gone into; these are taken out of `folders`."
+    left = []
+    for name in sorted(folders):
+        path = Path(root, name)
+        place = os.path.realpath(path)
+        if path.is_symlink() and not follow: left.append((name, LINKED_FOLDER))
+        elif follow and place in seen: left.append((name, TWICE))
+        seen.add(place)
+    folders[:] = [o for o in sorted(folders) if o not in dict(left)]
+    return left
+
+def _walk(folder, without, follow=False):
     "(path inside the folder, `os.stat_result` or the reason why there is none) of all files but hidden ones."
     def refuse(error):
         raise error                           # a folder that cannot be read must not pass for an empty one
-    without = Path(without).resolve() if without else None
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    without, seen = Path(without).resolve() if without else None, {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):
         inside = Path(root).relative_to(folder)
         folders[:] = [d for d in folders if d[0] != '.' and d != '__MACOSX' and Path(root, d).resolve() != without]
-        for name in folders:
-            if Path(root, name).is_symlink(): yield (inside/name).as_posix(), LINKED_FOLDER
+        for name, reason in _unlinked(root, folders, follow, seen): yield (inside/name).as_posix(), reason
         for name in names:
             path = Path(root, name)
             if name[0] == '.' or name.lower() in _SYSTEM: continue
@@ -306,28 +318,30 @@ def _left_out(files, captions):
         elif kind in ('.txt', '.caption'): yield f, ORPHAN
         else: yield f, f'{OTHER_FILE} ({kind or "no usual ending"})'
 
-def _listing(folder, without=None, file_column=None, caption_column=None, clips=False):
-    "What `list_folder` gives, and path -> `os.stat_result` of the files; `without` is a folder to ignore."
+def _listing(folder, without=None, file_column=None, caption_column=None, clips=False, follow=False):
+    "What `list_folder` gives; path -> `os.stat_result` of the files, and -> facts. `without` is a folder to ignore."
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder} is no folder: name one that holds pictures '
                                 f'(relative paths start in {os.getcwd()})')
-    found = dict(_walk(folder, without))
+    found = dict(_walk(folder, without, follow))
     files = {f: s for f, s in found.items() if not isinstance(s, str)}
     captions = {f: None for f in files if f.lower().endswith(CLIP_FILES if clips else PICTURE_FILES)}
-    _add_tables(captions, folder, files, file_column, caption_column)
-    if not captions: raise _no_pictures(folder, files, clips)
+    facts = _add_tables(captions, folder, files, file_column, caption_column)
+    if not captions: raise _no_pictures(folder, files, [f for f, reason in found.items() if reason is LINKED_FOLDER], clips)
     left = {f: Skip(reason) for f, reason in _left_out(found, captions)}
     lines = [f'{f} {s.st_size} {s.st_mtime_ns}' for f, s in sorted(files.items()) if f not in left or str(left[f]) == ORPHAN]
     fingerprint = hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()
     items = sorted(captions.items(), key=lambda o: key_fraction('order ' + make_key(o[0])))
-    return items + sorted(left.items()), fingerprint, files
+    return items + sorted(left.items()), fingerprint, files, facts
 
-def _no_pictures(folder, files, clips=False):
+def _no_pictures(folder, files, links, clips=False):
     "The error for a folder without pictures, or without clips."
     kinds = sorted({Path(f).suffix.lower() or 'no ending' for f in files})
     found = f'; it has {len(files):,} other files ({", ".join(kinds[:6])})' if files else ''
     what, endings = ('clips', CLIP_FILES) if clips else ('pictures', PICTURE_FILES)
+    if links: found += (f'; {len(links):,} links to folders are not followed, {links[0]} -> {os.path.realpath(Path(folder, links[0]))} '
+                        'for one: give that folder itself, or --follow-links')
     mend = '. For videos, give --clips'*(not clips and any(f.lower().endswith(CLIP_FILES) for f in files))
     return FileNotFoundError(f"{folder} holds no {what} ({', '.join(endings)}), nor do the folders below it{found}{mend}")
 
@@ -341,21 +355,23 @@ def misfit(
     return skip
 
 def _add_tables(captions, folder, files, file_column=None, caption_column=None):
-    "Put the captions of a folder's tables into `captions`. A row that does not fit stands for its picture, or for itself."
-    by_path, named, odd = {normalize_path(f): f for f in captions}, {}, []
+    "Put the captions of a folder's tables into `captions`, and give the facts. A row that does not fit stands for its picture, or itself."
+    by_path, named, odd, facts = {normalize_path(f): f for f in captions}, {}, [], {}
     def found(table, name):
         path = posixpath.join(posixpath.dirname(table), name)
         return by_path.get(normalize_path(path), path)
     for table in sorted(f for f in files if posixpath.basename(f) in CAPTION_TABLES):
-        pairs, misfits = read_metadata(folder/table, file_column, caption_column)
-        for name, texts in pairs:
-            several = named.setdefault(found(table, name), {})
+        rows, misfits = read_metadata(folder/table, file_column, caption_column)
+        for name, texts, more in rows:
+            several = named.setdefault(path := found(table, name), {})
             for text, weight in texts.items(): several[text] = several.get(text, 0) + weight
+            if more: facts.setdefault(path, {}).update(more)
         odd += [(table, n, found(table, name), problem) for n, name, problem in misfits]
     for path, several in named.items(): captions[path] = several if path in files else Skip(NOT_THERE)
     for table, n, path, problem in odd:
         alone = path in captions and captions[path] is None
         captions[path if alone else f'{table}, line {n}'] = misfit(f'{table}, {problem}')
+    return facts
 
 # %% ../../nbs/2_data/08_shards.ipynb #a9ad28a3
 def list_folder(
@@ -414,6 +430,7 @@ def result_or_skip(
 
 # %% ../../nbs/2_data/08_shards.ipynb #d4c200c3
 FILE_COLUMNS = ('file_name', 'filename', 'file', 'image', 'path')
+CAPTION_KEYS = 'caption', 'captions', 'caption_weights'       # of a sample's .json
 CAPTION_TABLES = tuple(f'{name}.{kind}' for name in ('metadata', 'captions') for kind in ('jsonl', 'csv', 'tsv', 'parquet'))
 
 def _all_columns(path):
@@ -421,23 +438,34 @@ def _all_columns(path):
     if not str(path).endswith('.jsonl'): return column_names(path)
     return [*dict.fromkeys(k for _, row in read_table(path) for k in row)]
 
+def _facts(row, used):
+    "The cells of a row that are neither its file nor its captions."
+    facts = {}
+    for name, value in row.items():
+        if not name or name in used or value is None or value == '': continue
+        try: json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError): continue             # bytes and dates of parquet, or NaN
+        facts[name] = value
+    return facts
+
 def read_metadata(
     path:str|Path, # one of `CAPTION_TABLES`
     file:str|None=None, # name of the column with the files; None: guess
     caption:str|None=None, # name of the column with the captions, or of several, as for `pick_caption_columns`; None: guess
-)->tuple[list, list]: # (file, captions with their weights) pairs; and (line, file or '', problem) of rows that do not fit
+)->tuple[list, list]: # (file, captions with their weights, other columns by name); and (line, file or '', problem) of rows that do not fit
     "Read a table of captions. Raises `ValueError`, with the line, for what is no such table."
-    pairs, misfits, columns = [], [], _all_columns(path)
-    if not columns: return pairs, misfits
+    rows, misfits, columns = [], [], _all_columns(path)
+    if not columns: return rows, misfits
     guesses = FILE_COLUMNS[:1] if FILE_COLUMNS[0] in columns else FILE_COLUMNS
     at = pick_column(columns, guesses, str(path), 'file', '--file-column', file)
     texts, place = pick_caption_columns(columns, str(path), caption), columns.index(at)
     keep = [c for c in columns if c in (at, *texts, 'caption_weights')]
+    used = {*keep, *CAPTION_KEYS}
     def odd(n, cells, problem): misfits.append((n, cells[place] if place < len(cells) else '', problem))
-    for n, row in read_table(path, keep=keep, misfits=odd):
-        if isinstance(name := row.get(at), str) and name: pairs.append((name, row_captions(row, texts)))
+    for n, row in read_table(path, keep=keep, also=[c for c in columns if c not in used], misfits=odd):
+        if isinstance(name := row.get(at), str) and name: rows.append((name, row_captions(row, texts), _facts(row, used)))
         else: misfits.append((n, '', f'line {n}: without a file'))
-    return pairs, misfits
+    return rows, misfits
 
 # %% ../../nbs/2_data/08_shards.ipynb #44a6a872
 _camera_name = re.compile(r'(img|dsc[fn]?|pxl|mvimg|dcim|screenshot|image|photo|picture)?', re.IGNORECASE)
@@ -488,7 +516,7 @@ def _facts_beside(path):
     try: found = json.loads(_files_beside(path).get('json', b'{}'))
     except (OSError, ValueError, RecursionError): return {}
     if not isinstance(found, dict): return {}
-    return {k: v for k, v in found.items() if k not in ('caption', 'captions', 'caption_weights')}
+    return {k: v for k, v in found.items() if k not in CAPTION_KEYS}
 
 def folder_sample(
     folder:str|Path, # the folder of pictures
@@ -499,6 +527,7 @@ def folder_sample(
     lines:bool=False, # as in `captions_beside`
     name:bool=False, # as in `captions_beside`
     clips:bool=False, # it is a clip
+    facts:dict|None=None, # what a table says about it; goes before what its .json says
 )->dict: # `__key__`, and bytes by extension
     "Make a sample of one picture of a folder. Raises `Skip` when it cannot be used."
     if isinstance(text, Skip): raise text
@@ -512,7 +541,8 @@ def folder_sample(
     try: ext, made = prepare_clip(data, kind) if clips else prepare_picture(data, resize)
     except Skip as e: raise explain_kind(e, kind) from e.__cause__
     about, notes = about_picture(data, made) if not clips else ({}, [])
-    return {'__key__': make_key(file), ext: made, **caption_files(captions, {**_facts_beside(path), 'file': file, **about}),
+    about = {**_facts_beside(path), **(facts or {}), 'file': file, **about}
+    return {'__key__': make_key(file), ext: made, **caption_files(captions, about),
             **({'__notes__': notes} if notes else {})}
 
 # %% ../../nbs/2_data/08_shards.ipynb #d0f01bcd
@@ -556,7 +586,7 @@ def refuse_empty(
 # %% ../../nbs/2_data/08_shards.ipynb #c672a3d6
 PACKED = 'packed.json'                                       # the files of a folder that were packed
 
-def _states(items, files):
+def _states(items, files, facts):
     "Path -> a hash of all that a sample is made of."
     states = {}
     for file, text in items:
@@ -564,7 +594,7 @@ def _states(items, files):
         texts = [stem + o for ending in CAPTION_FILES for o in (ending, ending.upper(), ending.title())]
         parts = [file, *texts] if text is None else [file]
         stats = [(o, files[o].st_size, files[o].st_mtime_ns) for o in parts if o in files]
-        state = repr((stats, str(text) if isinstance(text, Skip) else text))
+        state = repr((stats, str(text) if isinstance(text, Skip) else text, *([facts[file]] if file in facts else [])))
         states[file] = hashlib.sha256(state.encode('utf-8', 'surrogateescape')).hexdigest()[:16]
     return states
 
@@ -576,13 +606,14 @@ def _left_before(folder):
     except FileNotFoundError: return set()
 
 # %% ../../nbs/2_data/08_shards.ipynb #00566c05
-def _new_items(folder, items, states, fingerprint, manifest):
+def _new_items(folder, items, states, fingerprint, manifest, without_facts):
     "(items that are not in the shards yet, `source` of the run that is added to; '': none)."
     old = (manifest or {}).get('settings', {})
     if not manifest or not manifest['shards'] or old.get('kind') != 'folder': return items, ''
     if manifest['complete'] and old['source'] == fingerprint: return [], ''
     try: packed = json.loads((Path(folder)/PACKED).read_text())
     except (OSError, ValueError): return items, ''
+    if not packed.get('facts'): states = without_facts       # packed before tables had facts
     if packed['source'] != (old['source'] if manifest['complete'] else old.get('after')): return items, ''
     left = _left_before(folder)
     other = [f for f, state in packed['files'].items() if states.get(f) != state]
@@ -593,13 +624,13 @@ def _new_items(folder, items, states, fingerprint, manifest):
     return [o for o in items if packed['files'].get(o[0]) != states[o[0]]], packed['source']
 
 # %% ../../nbs/2_data/08_shards.ipynb #a129289e
-def _sample_maker(pictures, items, config):
+def _sample_maker(pictures, items, config, facts):
     "A function from a pair (path, captions) to a sample or `Skip`, and what else the manifest says."
     if config.classes:
         names = class_folders(items)
         return lambda item: result_or_skip(class_sample, pictures, *item, names, config.resize), {'classes': names}
     make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key, config.caption_lines,
-                                       config.caption_names, config.clips)
+                                       config.caption_names, config.clips, facts.get(item[0]))
     return make, {}
 
 # %% ../../nbs/2_data/08_shards.ipynb #f1621b45
@@ -614,19 +645,20 @@ def write_folder(
     """Make shards from a folder of captioned pictures, or add its new pictures to shards. Raises `FileNotFoundError` without
     pictures, `ValueError` when none can be used, `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
     config = changed(config or FolderConfig(), 'folder', **changes)
-    found, fingerprint, files = _listing(pictures, folder, config.file_column, config.caption_column, config.clips)
+    found, fingerprint, files, facts = _listing(pictures, folder, config.file_column, config.caption_column, config.clips,
+                                                config.follow_links)
     if config.caption_key: parse_shares(config.caption_key)
-    states, manifest = _states(found, files), read_manifest(folder)
-    items, after = _new_items(folder, found, states, fingerprint, manifest)
+    states, manifest = _states(found, files, facts), read_manifest(folder)
+    items, after = _new_items(folder, found, states, fingerprint, manifest, _states(found, files, {}))
     after = after or (manifest or {}).get('settings', {}).get('after', '')
     settings = dict(kind='folder', source=fingerprint, resize=config.resize, **({'after': after} if after else {}))
-    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names', 'clips'):
+    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names', 'clips', 'follow_links'):
         if getattr(config, name): settings[name] = getattr(config, name)
-    make, extra = _sample_maker(pictures, found, config)
+    make, extra = _sample_maker(pictures, found, config, facts)
     if extra: settings['classes'] = f"{len(extra['classes'])}, {hashlib.sha256(repr(extra).encode()).hexdigest()[:16]}"
     with ShardWriter(folder, config, settings, command, extra, adds_to=after) as writer:
         outcomes = ordered_map(make, items[writer.position:], config.workers)
         for outcome in items_bar(outcomes, 'pictures', len(items), bar, writer.position):
             writer.add(writer.position, outcome, items[writer.position][0])
-    with atomic_write(Path(folder)/PACKED) as f: f.write(json.dumps(dict(source=fingerprint, files=states)).encode())
+    with atomic_write(Path(folder)/PACKED) as f: f.write(json.dumps(dict(source=fingerprint, files=states, facts=True)).encode())
     return refuse_empty(writer.manifest, pictures)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['pixels_to_signal', 'signal_to_pixels', 'to_bytes', 'profile_fault', 'to_rgb', 'open_picture', 'to_pil', 'from_pil',
-           'pixel_tensors', 'png_bytes', 'caption_font', 'wrap_text', 'contact_sheet', 'gif_bytes', 'mp4_bytes', 'Clip',
-           'tile_frames', 'cut_tiles', 'clip_sheet']
+           'pixel_tensors', 'png_bytes', 'caption_font', 'font_with', 'text_runs', 'drawable', 'CaptionFont',
+           'wrap_text', 'contact_sheet', 'gif_bytes', 'mp4_bytes', 'Clip', 'tile_frames', 'cut_tiles', 'clip_sheet']
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #5bde0bb0
-import io, textwrap, warnings
+import io, re, struct, textwrap, unicodedata, warnings
 from base64 import b64encode
 from functools import lru_cache
 from importlib.util import find_spec
@@ -188,9 +188,110 @@ def caption_font(
     return ImageFont.truetype(str(package/'mpl-data'/'fonts'/'ttf'/'DejaVuSans.ttf'), size)
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #f08366d1
+@lru_cache(maxsize=None)
+def _letters_of(path):
+    "The code points of a font; none of a file that cannot be read."
+    from fontTools.ttLib import TTFont, TTLibError
+    try:
+        with TTFont(path, fontNumber=0, lazy=True) as f: return frozenset(f.getBestCmap() or ())
+    except (TTLibError, OSError, ValueError, KeyError, AssertionError, struct.error): return frozenset()
+
+@lru_cache
+def _system_fonts():
+    "Font files of this system, those to try first at the beginning; fonts that draw a box for everything are left out."
+    from matplotlib.font_manager import findSystemFonts
+    odd = 'bold', 'black', 'light', 'thin', 'italic', 'oblique', 'condensed', 'narrow', 'mono', 'serif'
+    paths = [o for o in findSystemFonts() if not re.search('lastresort|adobeblank', Path(o).name.lower())]
+    rank = lambda o: (sum(k in Path(o).stem.lower().replace('sansserif', '') for k in odd), Path(o).name)
+    return sorted(paths, key=rank)
+
+@lru_cache
+def _sized_font(path, size):
+    "A font, and the size at which it was opened: fonts of colour bitmaps have one size only. None: it cannot be opened."
+    for o in (size, 109, 160, 136, 128, 96, 64):
+        try: return ImageFont.truetype(path, o), o
+        except OSError: continue
+
+@lru_cache(maxsize=4096)
+def font_with(
+    letter:str, # one character
+)->str|None: # a font file; None: no font of this system draws it
+    "Find a font that has a letter."
+    own = caption_font().path
+    places = [own] if ord(letter) in _letters_of(own) else _system_fonts()
+    if letter >= '\U0001F000': places = [o for o in _system_fonts() if 'emoji' in Path(o).name.lower()] + places
+    for path in places:
+        if ord(letter) not in _letters_of(path) or not (found := _sized_font(path, 32)): continue
+        if path == own or found[0].getmask(letter, 'RGBA').getbbox(): return path
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #0413b2e5
+def _belongs_to_the_last(c):
+    "Is a character a mark of the one before: an accent, a joiner, a variation, a skin tone?"
+    return unicodedata.category(c) in ('Mn', 'Me', 'Cf') or '\U0001F3FB' <= c <= '\U0001F3FF'
+
+def text_runs(
+    text:str, # one line
+)->list[tuple[str, str]]: # (font file, part of the text), in order
+    "Cut a line into parts of one font each."
+    own, runs, joined, path = caption_font().path, [], False, None
+    for c in text:
+        c = ' ' if c.isspace() else c
+        if runs and (joined or _belongs_to_the_last(c)):
+            if path is None: continue                        # a mark of a letter that is written as its number
+        else: path = font_with(c)
+        joined = c == '\u200d'                               # what follows is one picture with what stands before
+        part = f' U+{ord(c):04X} ' if path is None else c
+        if runs and runs[-1][0] == (path or own): runs[-1][1] += part
+        else: runs.append([path or own, part])
+    return [(path, re.sub(r' +(?=U\+)|(?<=[0-9A-F]{4}) +', ' ', part)) for path, part in runs]
+
+def drawable(
+    text:str, # a caption
+)->str: # in which every letter can be drawn
+    "Write letters that no font has as their code points."
+    return text if text.isascii() else ''.join(part for _, part in text_runs(text)).strip()
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #abe5697f
+class CaptionFont:
+    "The font of captions, with letters of other fonts where its own are missing."
+    def __init__(self,
+        size:int=11, # in pixels
+    ):
+        self.size, self.own = size, caption_font(size)
+
+    def getlength(self,
+        text:str, # one line
+    )->float: # pixels
+        "Measure a line."
+        if text.isascii(): return self.own.getlength(text)
+        return sum(self._part(o)[2] for o in text_runs(text))
+
+    def _part(self, run):
+        "The font of a part, the factor that brings it to size, and its length."
+        font, opened = _sized_font(run[0], self.size)
+        return font, self.size/opened, font.getlength(run[1])*self.size/opened
+
+    def write(self,
+        image:Image.Image, # RGB, changed in place
+        xy:tuple[int, int], # upper left corner of the line
+        text:str, # one line
+    ):
+        "Write a line in black."
+        x, y = xy[0], xy[1] + self.own.getmetrics()[0]
+        for run in text_runs(text):
+            font, factor, length = self._part(run)
+            if factor == 1: ImageDraw.Draw(image).text((x, y), run[1], 'black', font, anchor='ls')
+            else:
+                large = Image.new('RGBA', (ceil(length/factor), ceil(1.2*font.size)))
+                ImageDraw.Draw(large).text((0, font.size), run[1], 'black', font, anchor='ls', embedded_color=True)
+                small = large.resize((max(1, round(length)), max(1, round(large.height*factor))), Image.Resampling.BOX)
+                image.paste(small, (round(x), round(y - self.size)), small)
+            x += length
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #6f2cbb7a
 def wrap_text(
     text:str, # a caption
-    font, # a font of Pillow
+    font, # a font of Pillow, or a `CaptionFont`
     width:int, # pixels that a line may take
     max_lines:int=6, # what is beyond them is cut, with dots
 )->str: # the text with line breaks
@@ -211,6 +312,13 @@ def _enlarged(pictures, cell):
     return out
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #53f8f517
+def _write_caption(sheet, xy, text, font):
+    "Write the lines of a caption."
+    lines = [text_runs(o) for o in text.split('\n')]
+    if all(path == font.own.path for runs in lines for path, _ in runs):
+        return ImageDraw.Draw(sheet).multiline_text(xy, text, 'black', font.own, spacing=3)
+    for k, line in enumerate(text.split('\n')): font.write(sheet, (xy[0], xy[1] + 15*k), line)
+
 def contact_sheet(
     pictures, # list of PIL pictures or `Clip`s, whose frames become tiles, or uint8 [B,3,H,W]
     captions:list|None=None, # one text per picture, wrapped under it
@@ -226,15 +334,14 @@ def contact_sheet(
         raise ValueError(f'contact_sheet: {len(rows[0])} pictures, {len(captions)} captions{more}; give as many of '
             'each, at least one')
     rows = [[p.resize(q.size, Image.Resampling.NEAREST) for p, q in zip(row, rows[0])] for row in rows]
-    w, h, font = max(p.width for p in rows[0]), max(p.height for p in rows[0]), caption_font()
-    texts, columns = [wrap_text(c, font, w) for c in captions], min(columns, len(captions))
+    w, h, font = max(p.width for p in rows[0]), max(p.height for p in rows[0]), CaptionFont()
+    texts, columns = [wrap_text(drawable(c), font, w) for c in captions], min(columns, len(captions))
     W, H = w + 8, (h + 4)*len(rows) + 15*max(t.count('\n') + 1 if t else 0 for t in texts) + 8
     sheet = Image.new('RGB', (W*columns, H*ceil(len(texts)/columns)), 'white')
-    pen = ImageDraw.Draw(sheet)
     for i, t in enumerate(texts):
         x, y = i%columns*W + 4, i//columns*H + 4
         for j, row in enumerate(rows): sheet.paste(row[i], (x, y + j*(h + 4)))
-        pen.multiline_text((x, y + (h + 4)*len(rows) - 2), t, 'black', font, spacing=3)
+        _write_caption(sheet, (x, y + (h + 4)*len(rows) - 2), t, font)
     return sheet
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #e676492e

@@ -15,7 +15,7 @@ for (let y = 0; y < 8; y++) {
 }
 
 function render({ model, el }) {
-  let size = 1, drawing = false, last = null, cursor = null, picture = null;
+  let w = 1, h = 1, drawing = false, last = null, cursor = null, picture = null;
   const mask = document.createElement('canvas'), pen = mask.getContext('2d', { willReadFrequently: true });
   const canvas = element('canvas', { className: 'mdm-canvas', tabIndex: 0 }), view = canvas.getContext('2d');
   canvas.setAttribute('role', 'img');
@@ -30,15 +30,16 @@ function render({ model, el }) {
     element('div', { className: 'mdm-brush-tools' }, element('label', {}, 'Brush ', width), erase, clear, invert)));
 
   const erasing = () => erase.getAttribute('aria-pressed') === 'true';
-  const radius = () => Math.max(.5, size*width.value/200);
+  const radius = () => Math.max(.5, Math.min(w, h)*width.value/200);
   function show() {
-    const ratio = canvas.width/size, tint = document.createElement('canvas'), t = tint.getContext('2d');
-    tint.width = tint.height = canvas.width;
+    const ratio = canvas.width/w, tint = document.createElement('canvas'), t = tint.getContext('2d');
+    tint.width = canvas.width;
+    tint.height = canvas.height;
     t.imageSmoothingEnabled = false;
-    t.drawImage(mask, 0, 0, canvas.width, canvas.width);
+    t.drawImage(mask, 0, 0, canvas.width, canvas.height);
     t.globalCompositeOperation = 'source-in';
     t.fillStyle = t.createPattern(stripes, 'repeat');
-    t.fillRect(0, 0, canvas.width, canvas.width);
+    t.fillRect(0, 0, canvas.width, canvas.height);
     view.clearRect(0, 0, canvas.width, canvas.height);
     view.imageSmoothingEnabled = ratio < 2;
     if (picture) view.drawImage(picture, 0, 0, canvas.width, canvas.height);
@@ -65,15 +66,16 @@ function render({ model, el }) {
   }
   function send() {
     const flat = document.createElement('canvas'), f = flat.getContext('2d');
-    flat.width = flat.height = size;
+    flat.width = w;
+    flat.height = h;
     f.fillStyle = 'black';
-    f.fillRect(0, 0, size, size);
+    f.fillRect(0, 0, w, h);
     f.drawImage(mask, 0, 0);
     flat.toBlob(async blob => model.send({ kind: 'mask' }, undefined, [await blob.arrayBuffer()]), 'image/png');
   }
   const place = e => {
     const box = canvas.getBoundingClientRect();
-    return [(e.clientX - box.left)/box.width*size, (e.clientY - box.top)/box.height*size];
+    return [(e.clientX - box.left)/box.width*w, (e.clientY - box.top)/box.height*h];
   };
   canvas.addEventListener('pointerdown', e => {
     if (e.button) return;
@@ -94,19 +96,19 @@ function render({ model, el }) {
     if (!move && e.key !== ' ') return;
     e.preventDefault();
     e.stopPropagation();
-    cursor = cursor || [size/2, size/2];
-    if (move) cursor = cursor.map((v, k) => Math.min(size, Math.max(0, v + move[k]*Math.max(1, radius()/2))));
+    cursor = cursor || [w/2, h/2];
+    if (move) cursor = cursor.map((v, k) => Math.min([w, h][k], Math.max(0, v + move[k]*Math.max(1, radius()/2))));
     else { last = null; stroke(cursor); send(); }
     show();
   });
   canvas.addEventListener('blur', () => { cursor = null; show(); });
   width.addEventListener('input', show);
   erase.addEventListener('click', () => erase.setAttribute('aria-pressed', String(!erasing())));
-  clear.addEventListener('click', () => { pen.clearRect(0, 0, size, size); show(); send(); });
+  clear.addEventListener('click', () => { pen.clearRect(0, 0, w, h); show(); send(); });
   invert.addEventListener('click', () => {
     pen.globalCompositeOperation = 'xor';
     pen.fillStyle = 'white';
-    pen.fillRect(0, 0, size, size);
+    pen.fillRect(0, 0, w, h);
     show();
     send();
   });
@@ -115,12 +117,13 @@ function render({ model, el }) {
   async function restore() {
     const found = await bitmap(model.get('picture')), old = await bitmap(model.get('mask'));
     picture = found;
-    size = model.get('size');
-    mask.width = mask.height = size;
-    canvas.width = canvas.height = size*Math.max(1, Math.round(320/size));
+    [w, h] = [model.get('width'), model.get('height')];
+    [mask.width, mask.height] = [w, h];
+    const k = Math.max(1, Math.round(320/w));
+    [canvas.width, canvas.height] = [w*k, h*k];
     if (old) {
-      pen.drawImage(old, 0, 0, size, size);
-      const pixels = pen.getImageData(0, 0, size, size);          // white stays, black becomes transparent
+      pen.drawImage(old, 0, 0, w, h);
+      const pixels = pen.getImageData(0, 0, w, h);          // white stays, black becomes transparent
       for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i];
       pen.putImageData(pixels, 0, 0);
     }

@@ -134,7 +134,7 @@ def logsnr_svg(
     diffusion:Diffusion, # with its schedules
     steps:list[int]=(), # diffusion steps t that were visited
     now:int|None=None, # the current one
-    sizes:list[int]=(), # pixels of every resolution, for the legend
+    sizes:list=(), # pixels of every resolution, for the legend
 )->str: # an SVG picture
     "Plot the noise schedule at every resolution, and where sampling is on it."
     n = diffusion.config.num_steps

@@ -17,7 +17,7 @@ from .drawing import picture_html
 from .exchange import head_bytes, read_settings
 from .fields import FileDrop, has_scripts, most_bytes, scripted
 from .parts import box, html_text, labelled
-from .state import modes, packed, unpacked, usual_strength
+from .state import level_sizes, modes, packed, unpacked, usual_strength
 
 # %% ../../nbs/4_use/12_widget_editing.ipynb #d7c68455
 most_pixels = 50_000_000                                 # of a picture from outside
@@ -41,14 +41,16 @@ def decode_picture(
 # %% ../../nbs/4_use/12_widget_editing.ipynb #e59b162f
 def fit_picture(
     picture:Image.Image, # any
-    size:int, # height and width of the result
+    size:tuple[int, int], # (width, height) of the result
 )->tuple[Image.Image, str]: # the picture, and what was done to it; '': nothing
-    "Bring a picture to a square size."
-    if picture.size == (size, size): return picture, ''
-    cut = 'cut to its middle square and ' if picture.width != picture.height else ''
-    done = (f'The picture of {picture.width} × {picture.height} pixels was {cut}resized to {size} × {size}, '
+    "Bring a picture to a size."
+    width, height = size
+    if picture.size == (width, height): return picture, ''
+    middle = 'its middle square' if width == height else 'the shape of its middle'
+    cut = '' if picture.width*height == picture.height*width else f'cut to {middle} and '
+    done = (f'The picture of {picture.width} × {picture.height} pixels was {cut}resized to {width} × {height}, '
             'the size that is drawn here.')
-    return ImageOps.fit(picture, (size, size), Image.LANCZOS), done
+    return ImageOps.fit(picture, (width, height), Image.LANCZOS), done
 
 # %% ../../nbs/4_use/12_widget_editing.ipynb #46e7b841
 class MaskBrush(W.VBox):
@@ -57,10 +59,10 @@ class MaskBrush(W.VBox):
         changed, # called, with nothing, when the mask was painted
         fail, # called with what was wrong with a file
     ):
-        self.changed, self.fail, self.mask, self.size = changed, fail, None, 1
+        self.changed, self.fail, self.mask, self.size = changed, fail, None, (1, 1)
         self.note = html_text()
         if has_scripts():
-            self.inner = scripted('brush', picture=b'', mask=b'', size=1, version=0)()
+            self.inner = scripted('brush', picture=b'', mask=b'', width=1, height=1, version=0)()
             self.inner.on_msg(lambda widget, content, buffers: buffers and self._painted(bytes(buffers[0])))
         else: self.inner = FileDrop('Choose a mask: white where to paint', lambda name, data: self.paint(data), fail)
         super().__init__([self.inner, self.note])
@@ -84,15 +86,15 @@ def _painted(self:MaskBrush, data):
 
 @patch
 def show(self:MaskBrush,
-    picture:Image.Image, # a square
+    picture:Image.Image, # as large as the one to draw
     mask:Image.Image|None=None, # of the same size; None: nothing is painted yet
 ):
     "Change the picture, and begin with a new mask."
-    self.size, self.mask, self.note.value = picture.width, mask, ''
+    self.size, self.mask, self.note.value = picture.size, mask, ''
     if not has_scripts(): return
     with self.inner.hold_sync():
         self.inner.picture, self.inner.mask = png_bytes(picture), b'' if mask is None else png_bytes(mask)
-        self.inner.size = self.size
+        self.inner.width, self.inner.height = self.size
         self.inner.version += 1
 
 # %% ../../nbs/4_use/12_widget_editing.ipynb #dcec3886
@@ -102,7 +104,7 @@ class EditPanel(W.VBox):
         fail, # called with an error for the user, or with '' when all is well
         changed=lambda: None, # called, with nothing, when anything was changed
     ):
-        self.fail, self.changed, self.sizes = fail, changed, [64]
+        self.fail, self.changed, self.sizes = fail, changed, [(64, 64)]
         self.source, self.picture = None, None            # as it was given; as large as the model draws
         names = [('Draw', 'draw'), ('Change', 'change'), ('Fill in', 'fill in'), ('Enlarge', 'enlarge')]
         self.mode = labelled(W.ToggleButtons(options=names, tooltips=list(modes.values()),
@@ -146,10 +148,10 @@ def _taken(self:EditPanel, name, data):
 @patch
 def fit(self:EditPanel,
     pipe:MDMPipeline, # the model that was loaded
+    size:str='', # of the pictures to draw; empty: the square of the recipe
 ):
     "Follow a model: its sizes, and whether it can enlarge."
-    scales, size = pipe.model.scales, pipe.recipe.data.image_size
-    sizes = [size*s//scales[0] for s in scales]
+    sizes = level_sizes(pipe, size)
     names = [o for o in self.mode.options if o[1] != 'enlarge'] + ([('Enlarge', 'enlarge')] if len(sizes) > 1 else [])
     if names != list(self.mode.options):
         kept = self.mode.value if self.mode.value in dict(names).values() else 'draw'
@@ -172,10 +174,10 @@ def use(self:EditPanel,
 def _fit_picture(self:EditPanel):
     "Bring the picture to the size that the mode wants."
     inner = self.sizes[1:] or self.sizes
-    size = min(inner, key=lambda o: abs(o - self.source.width)) if self.mode.value == 'enlarge' else self.sizes[0]
+    size = min(inner, key=lambda o: abs(o[0] - self.source.width)) if self.mode.value == 'enlarge' else self.sizes[0]
     before, (self.picture, done) = self.picture, fit_picture(self.source, size)
     self.note.value = f'<div class="mdm-note">{done}</div>' if done else ''
-    self.view.value = picture_html(self.picture, 'The picture that sampling begins with', max(160, min(320, size)))
+    self.view.value = picture_html(self.picture, 'The picture that sampling begins with', max(160, min(320, size[0])))
     if before is None or before.tobytes() != self.picture.tobytes(): self.brush.show(self.picture)
 
 # %% ../../nbs/4_use/12_widget_editing.ipynb #7af14fac
@@ -208,10 +210,10 @@ class SettingsDrop(FileDrop):
     def __init__(self,
         restored, # called with the settings and a note for the user, see `read_settings`
         fail, # called with an error for the user
-        names=None, # a function without arguments that lists the checkpoints that may be restored; None: any
+        known=None, # a function without arguments that gives the checkpoints and adapters that may be restored; None: any
     ):
         def taken(name, data):
-            settings, note = read_settings(data, names and names())
+            settings, note = read_settings(data, *(known() if known else ()))
             fail('')
             restored(settings, note)
         label = 'Drop a picture that was made here, and its settings come back'

@@ -10,6 +10,7 @@ __all__ = ['head_bytes', 'read_settings', 'in_memory', 'as_command', 'as_python'
 import json, shlex, struct, zipfile
 from dataclasses import asdict, fields, replace
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 from PIL import Image
 from ..diffusion.settings import SampleConfig
@@ -17,7 +18,7 @@ from ..utils.configs import options, read_config
 from ..utils.files import presets
 from ..utils.pictures import png_bytes
 from .drawing import labelled_sheet, tile
-from .state import SamplerRun, SamplerSettings, Side, unpacked, usual_strength
+from .state import SamplerRun, SamplerSettings, Side, adapter_key, adapter_wishes, side_adapters, unpacked, usual_strength
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #856b6886
 head_bytes = 700_000                                     # of a file that is read
@@ -41,15 +42,28 @@ def _refuse(problems):
     "Raise ValueError with the first of some problems."
     if problems: raise ValueError(f'The settings in this file cannot be used. {problems[0][:300]}')
 
-def _read_side(side, names):
-    "A side with checked values, and the name of its checkpoint where that is not known here."
+def _known_adapters(side, adapters):
+    "The adapters of a side under the names that they have here, and the names of those that are not here."
+    found, strange = {}, []
+    for name, strength in side_adapters(side).items():
+        places = dict(o for k, (place, _) in (adapters or {}).items() for o in ((place, k), (Path(place).name, k), (k, k)))
+        known = name if adapters is None else places.get(name) or places.get(Path(name).name)
+        if known is None: strange.append(name)
+        else: found[adapter_key + known] = strength
+    return found, strange
+
+def _read_side(side, names, adapters=None):
+    "A side with checked values, and notes about what is not known here: its checkpoint and its adapters."
     own = {k: str(side.get(k) or '') for k in ('checkpoint', 'recipe')}
-    rest = {k: v for k, v in side.items() if k not in own}
+    rest = {k: v for k, v in side.items() if k not in own and not k.startswith(adapter_key)}
     config, problems = read_config(SampleConfig, rest, 'sample', strict=False)
     _refuse(problems)
     values = {k: v for k, v in asdict(config).items() if k in rest}
-    known = names is None or own['checkpoint'] in names and own['recipe'] in ('', *presets())
-    return (own if known else {}) | values, '' if known else own['checkpoint']
+    found, strange = _known_adapters(side, adapters)
+    notes = [f'Its adapter {o[:100]!r} is not among those here, so a new run draws without it.' for o in strange]
+    if names is None or own['checkpoint'] in names and own['recipe'] in ('', *presets()): return own | values | found, notes
+    notes.insert(0, f'Its checkpoint {own["checkpoint"][:100]!r} is not among those here, so the chosen one stays.')
+    return values | found, notes
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #ab3885d8
 def _from_sample(texts):
@@ -61,7 +75,18 @@ def _from_sample(texts):
         side[o.name] = [v.strip() for v in value.strip('()[]').split(',')] if o.count > 1 else value
     prompt = texts['prompt']
     return dict(prompt=prompt, negative_prompt=texts.get('negative_prompt', ''), n=1, seed=texts.get('seed', 0),
-                several='\n' in prompt, sides=[side])
+                several='\n' in prompt, size=texts.get('size', ''), sides=[side | _read_adapters(texts.get('adapter', ''))])
+
+def _read_adapters(text):
+    "Adapters as they stand in a file: places or names with strengths, and blanks between them."
+    found = {}
+    try: wishes = shlex.split(text)
+    except ValueError: wishes = text.split()
+    for o in wishes:
+        place, _, number = o.rpartition(':')
+        try: found[adapter_key + place] = float(number)
+        except ValueError: found[adapter_key + o] = 1.
+    return {k: v for k, v in found.items() if k != adapter_key}
 
 def _plain(texts):
     "The settings of a file as plain values. Raises ValueError."
@@ -72,34 +97,33 @@ def _plain(texts):
     return values
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #82dfc370
-def _read_sides(settings, names):
-    "The sides with checked values, and what to say about their checkpoints."
-    sides, strange = [], []
-    for o in settings.sides:
-        side, name = _read_side(o, names)
-        sides.append(side)
-        if name: strange.append(f'Its checkpoint {name[:100]!r} is not among those here, so the chosen one stays.')
-    return sides, list(dict.fromkeys(strange))
+def _read_sides(settings, names, adapters):
+    "The sides with checked values, and what to say about their checkpoints and adapters."
+    sides, notes = zip(*(_read_side(o, names, adapters) for o in settings.sides))
+    vary = settings.vary if settings.vary.startswith(adapter_key) else None
+    if vary and all(vary not in o for o in sides): return list(sides[:1]), list(dict.fromkeys(sum(notes, [])))
+    return [o if vary is None or vary in o else o | {vary: 0.} for o in sides], list(dict.fromkeys(sum(notes, [])))
 
 def read_settings(
     data:bytes, # a PNG file, or its first `head_bytes`
     names:list[str]|None=None, # checkpoints that may be restored; None: any
+    adapters:dict|None=None, # as of `named_adapters`: those that may be restored; None: any
 )->tuple[SamplerSettings, str]: # settings, and a note for the user or ''; ValueError for a file that cannot be used
     "Read the settings of a picture that the widget or `mdm_sample` drew."
     texts = _texts(data)
     settings, problems = read_config(SamplerSettings, _plain(texts), 'settings', strict=False)
     _refuse(problems)
     if not settings.sides: _refuse(['They name no model.'])
-    sides, notes = _read_sides(settings, names)
-    settings = replace(settings, sides=sides)
+    sides, notes = _read_sides(settings, names, adapters)
+    vary = settings.vary if len(sides) == len(settings.sides) else ''       # not of an adapter that is not here
+    settings = replace(settings, sides=sides, vary=vary)
     replace(settings, mode='draw').check()
     lost = [o for o in ('picture', 'mask') if getattr(settings, o).startswith('sha256 ')]
     if lost or 'image' in texts or 'upscale' in texts:
         settings = replace(settings, **{o: '' for o in lost})
         notes.append('The picture that sampling began with is not in the file: choose it again.')
     elif settings.mode != 'draw': settings.check()
-    other = [o for o in ('size', 'adapter', 'guide') if o in texts]
-    if other: notes.append(f"It was drawn with {', '.join(f'--{o}' for o in other)} of mdm_sample, which is not possible here.")
+    if 'guide' in texts: notes.append('It was drawn with --guide of mdm_sample, which is not possible here.')
     when = texts.get('stopped', '')[:40].split(':')[0]
     if when: notes.append(f'The run was stopped {when}; a new run goes to the end.')
     return settings, ' '.join(notes)
@@ -130,13 +154,19 @@ def in_memory(
     return side.name.endswith(' (in memory)')
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #475f1b94
+def _placed_adapters(side, adapters):
+    "The adapters of a side: where each one is -> its strength."
+    where = adapters or {}
+    return {str(where.get(k, k)): v for k, v in side_adapters(side.settings.sides[side.i]).items()}
+
 def _flags(values):
-    "Flags of a command line; a value that begins with a hyphen is bound to its flag."
+    "Flags of a command line; a value that begins with a hyphen is bound to its flag; a list repeats its flag."
     parts = []
     for name, value in values.items():
-        flag, several = '--' + name.replace('_', '-'), value if isinstance(value, (tuple, list)) else [value]
+        flag, several = '--' + name.replace('_', '-'), value if isinstance(value, tuple) else [value]
         texts = [str(o) for o in several]
-        if len(texts) == 1 and texts[0][:1] == '-': parts.append(f'{flag}={texts[0]}')
+        if isinstance(value, list): parts += [part for o in value for part in _flags({name: o})]
+        elif len(texts) == 1 and texts[0][:1] == '-': parts.append(f'{flag}={texts[0]}')
         else: parts += [flag, *texts]
     return parts
 
@@ -144,6 +174,7 @@ def as_command(
     side:Side, # of a run
     checkpoint:str='', # where its model is; '': its name in the widget
     recipe:str='', # of files of weights; '': the one that was chosen for the side
+    adapters:dict|None=None, # name in the widget -> where the adapter is; None: the names
 )->str: # a line for a shell; raises ValueError for a model in memory
     "Write settings as a call of `mdm_sample`."
     s, (prompts, negative) = side.settings, _asked(side)
@@ -153,7 +184,8 @@ def as_command(
     given = {o: f'{"mask" if o == "mask" else "picture"}.png' for o in files}
     recipe = s.sides[side.i].get('recipe') or recipe
     values = dict(n=s.n, seed=s.seed, **({'negative_prompt': negative} if negative else {}), **given, **_begun(side),
-                  **_changes(side), **({'recipe': str(recipe)} if recipe else {}))
+                  **_changes(side), **({'recipe': str(recipe)} if recipe else {}), **({'size': s.size} if s.size else {}),
+                  adapter=adapter_wishes(_placed_adapters(side, adapters)))
     last = [checkpoint or side.name, *prompts]
     dashes = ['--'] if any(o[:1] == '-' for o in last) else []
     return shlex.join(['mdm_sample', *_flags(values), *dashes, *last])
@@ -163,6 +195,7 @@ def as_python(
     side:Side, # of a run
     checkpoint:str='', # where its model is; '': its name in the widget
     recipe:str='', # of files of weights; '': the one that was chosen for the side
+    adapters:dict|None=None, # name in the widget -> where the adapter is; None: the names
 )->str: # lines of Python that leave PIL pictures in `pictures`
     "Write settings as Python."
     s, (prompts, negative) = side.settings, _asked(side)
@@ -170,12 +203,13 @@ def as_python(
     place = repr(checkpoint or side.name) + (f', recipe={str(recipe)!r}' if recipe else '')
     load = '# pipe is the pipeline that the widget was given' if in_memory(side) and not checkpoint else (
         f'from mdm.pipeline import MDMPipeline\npipe = MDMPipeline.from_pretrained({place})')
+    for path, strength in _placed_adapters(side, adapters).items(): load += f'\npipe.add_adapter({path!r}, {strength!r})'
     calls = {'draw': ('pipe', []), 'enlarge': ('pipe.upscale', ['picture.png']),
              'change': ('pipe.img2img', ['picture.png']), 'fill in': ('pipe.inpaint', ['picture.png', 'mask.png'])}
     call, files = calls[s.mode]
     first = [repr(o) for o in files] + [repr(prompts[0] if len(prompts) == 1 else prompts)]
     avoid = {'negative_prompt': negative} if negative else {}
-    values = dict(n=s.n, seed=s.seed, **avoid, **_begun(side), **_changes(side))
+    values = dict(n=s.n, seed=s.seed, **avoid, **_begun(side), **_changes(side), **(dict(size=s.size) if s.size else {}))
     return f'{load}\npictures = {call}({", ".join([*first, *(f"{k}={v!r}" for k, v in values.items())])})\n'
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #54983cd2
@@ -207,23 +241,25 @@ def how_again(
     sides:list[Side], # of a run
     checkpoints:dict|None=None, # name in the widget -> where the model is; None: the names
     recipe:str='', # of files of weights
+    adapters:dict|None=None, # name in the widget -> where the adapter is; None: the names
 )->tuple[str, str]: # command lines, and Python
     "Write all sides of a run as command lines and as Python."
     where, commands, lines = checkpoints or {}, [], []
     for o in sides:
         place = where.get(o.name) or ''
-        try: commands.append(as_command(o, place, recipe))
+        try: commands.append(as_command(o, place, recipe, adapters))
         except ValueError as e: commands.append(f'# {e}')
-        lines.append(as_python(o, place, recipe))
+        lines.append(as_python(o, place, recipe, adapters))
     return '\n'.join(commands) + '\n', '\n'.join(lines)
 
 def results_zip(
     run:SamplerRun, # with pictures
     checkpoints:dict|None=None, # as for `how_again`
     recipe:str='', # of files of weights
+    adapters:dict|None=None, # as for `how_again`
 )->bytes: # a ZIP file
     "Put everything about a run into one file."
-    s, (commands, lines) = run.settings, how_again(run.sides, checkpoints, recipe)
+    s, (commands, lines) = run.settings, how_again(run.sides, checkpoints, recipe, adapters)
     files = {o.name: o.data for o in result_files(run)}
     files |= {'settings.json': json.dumps(asdict(s), indent=1), 'command.txt': commands, 'draw_again.py': lines}
     used = {'draw': [], 'fill in': ['picture', 'mask']}.get(s.mode, ['picture'])

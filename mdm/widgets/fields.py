@@ -71,8 +71,8 @@ class FileDrop(W.VBox):
         taken, # called with the name of the file and its bytes
         fail, # called with what was wrong with a file
         accept:str='image/*', # kinds of files that can be chosen
-        head:int=0, # send only so many bytes from the beginning; 0: it is a picture, which is sent as a square
-        side:int=1024, # of the square at most, in pixels
+        head:int=0, # send only so many bytes from the beginning; 0: it is a picture, which is reduced before it is sent
+        side:int=1024, # its shorter side at most, in pixels; the longer one may have twice as many
     ):
         self.taken, self.fail, self.label = taken, fail, label
         if not has_scripts():

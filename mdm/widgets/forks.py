@@ -20,22 +20,33 @@ def can_fork(
     return not torch.cuda.is_available() if device is None else torch.device(device).type == 'cpu'
 
 # %% ../../nbs/4_use/14_forks.ipynb #54cc4861
+def _try_adapter(path, pipes):
+    "Import what adapters need, and say when one fits none of the models."
+    from mdm.checkpoint import find_adapter
+    from mdm.widgets.state import adapted_pipeline
+    for pipe in pipes:
+        try: return adapted_pipeline(pipe, [find_adapter(path)])
+        except (OSError, ValueError, ImportError) as e: problem = e
+    if pipes: print(f'{path} can be used with none of the models: {problem}', file=sys.stderr, flush=True)
+
 def _load_beforehand(
     checkpoints:list[str], # paths, as `MDMPipeline.from_pretrained` gets them
     recipe:str|None=None, # of .pth files
     device:str|None=None, # where to compute, a CPU
+    adapters:list[str]=(), # places of adapters, see `find_adapter`
 )->int: # how many threads a copy may compute with
     "Import and load what all visitors share. Stops loading when half of the machine's memory is in use."
     os.environ['JPY_PARENT_PID'] = str(os.getpid())          # read by ipykernel while it is imported: a kernel ends with its parent
     import ipykernel.kernelapp, torch
     import mdm.widgets.sampler
     from mdm.pipeline import share_pipeline
-    threads = torch.get_num_threads()
+    threads, pipes = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for path in checkpoints:
         if psutil.virtual_memory().percent > 50: break
-        try: share_pipeline(path, recipe, device=device)
+        try: pipes.append(share_pipeline(path, recipe, device=device))
         except (OSError, ValueError) as e: print(f'{path} cannot be loaded: {e}', file=sys.stderr, flush=True)
+    for path in adapters if len(pipes) == len(checkpoints) else (): _try_adapter(path, pipes)
     gc.collect()
     gc.freeze()
     return threads
@@ -151,6 +162,7 @@ def start_forks(
     checkpoints:list[str], # paths of the models to load
     recipe:str|None=None, # of .pth files
     device:str|None=None, # where visitors compute
+    adapters:list[str]=(), # places of adapters that visitors may use
 )->Forks|None: # None: this process may not be forked
     "Start the process that visitors' processes are forked from."
     if not can_fork(device): return None
@@ -163,14 +175,14 @@ def start_forks(
         return Forks(pid, os.fdopen(requests, 'w'), os.fdopen(replies))
     os.close(requests)
     os.close(replies)
-    _serve(os.fdopen(asked), os.fdopen(answered, 'w'), checkpoints, recipe, device)
+    _serve(os.fdopen(asked), os.fdopen(answered, 'w'), checkpoints, recipe, device, adapters)
 
-def _serve(requests, replies, checkpoints, recipe, device):
+def _serve(requests, replies, checkpoints, recipe, device, adapters):
     "The life of the process that is copied, and of its copies. Does not return."
     code = 0
     try:
         os.setsid()                                               # Ctrl-C in the terminal is for the server
-        threads = _load_beforehand(checkpoints, recipe, device)
+        threads = _load_beforehand(checkpoints, recipe, device, adapters)
         if psutil.Process().num_threads() == 1: _serve_forks(requests, replies, threads)
     except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
     except BaseException:

@@ -12,8 +12,11 @@ function render({ model, el }) {
     const other = all[(all.indexOf(open) + by + all.length)%all.length];
     open.hidePopover();
     other.showPopover();
+    return other;
   };
   const use = e => {
+    const by = e.target.closest('.mdm-turn')?.dataset.by;
+    if (by) return turn(e.target.closest('[popover]'), +by).querySelector(`.mdm-turn[data-by="${by}"]`).focus();
     const button = e.target.closest('.mdm-use');
     if (!button) return;
     button.closest('[popover]').hidePopover();

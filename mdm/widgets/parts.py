@@ -134,9 +134,12 @@ def large_view(
     links:str='', # HTML of buttons and links under the title
 )->str: # HTML of an element that is hidden until it is opened
     "A picture as large as the window allows, beside its settings."
+    turn = ''.join(f'<button class="mdm-turn" data-by="{by}" aria-label="{name} picture">{sign}</button>'
+                   for by, name, sign in ((-1, 'Previous', '‹'), (1, 'Next', '›')))
     close = f'<button class="mdm-close" popovertarget="{key}" popovertargetaction="hide" aria-label="Close">×</button>'
     return (f'<div popover class="mdm-large" id="{key}" style="--w:{picture.width};--h:{picture.height}">'
-            f'{_image(picture, title)}<div class="mdm-beside">{close}<h3>{escape(title)}</h3><div class="mdm-links">{links}</div>'
+            f'{_image(picture, title)}<div class="mdm-beside">'
+            f'<div class="mdm-turns">{turn}{close}</div><h3>{escape(title)}</h3><div class="mdm-links">{links}</div>'
             f'{about_html(details)}<p class="mdm-with-keys">← and → show the other pictures.</p></div></div>')
 
 # %% ../../nbs/4_use/09_widget_parts.ipynb #9053f528
@@ -154,12 +157,12 @@ class SideView(W.VBox):
         "The grid of level i."
         columns = n if n < 4 else math.ceil(math.sqrt(n))
         share = 2**-i/sum(2**-o for o in range(self.count))
-        style = f'--columns:{columns};--rows:{math.ceil(n/columns)};--unit:{unit}px;--share:{share:.3f}'
-        return (f'<div class="mdm-note">{size} × {size} pixels</div>'
+        style = f'--columns:{columns};--rows:{math.ceil(n/columns)};--unit:{unit}px;--share:{share:.3f};--ratio:{size[0]/size[1]:.4g}'
+        return (f'<div class="mdm-note">{size[0]} × {size[1]} pixels</div>'
                 f'<div class="mdm-grid" style="{style}">{"".join(cells)}</div>')
 
     def reserve(self,
-        sizes:list[int], # pixels of every resolution
+        sizes:list[tuple[int, int]], # (width, height) of every resolution
         n:int, # how many pictures
         name:str='', # of the side
         inner:bool=True, # the inner resolutions too
@@ -169,13 +172,13 @@ class SideView(W.VBox):
         for i, (size, view) in enumerate(zip(sizes, self.levels)):
             view.layout.display = None if inner or not i else 'none'
             blank = '<div class="mdm-cell"><span class="mdm-blank"></span></div>'
-            view.value = self._grid(i, size, n, [blank]*n, size if size <= _largest_sharp else 1)
+            view.value = self._grid(i, size, n, [blank]*n, size[0] if size[0] <= _largest_sharp else 1)
 
 # %% ../../nbs/4_use/09_widget_parts.ipynb #f48e8219
 @patch
 def show(self:SideView,
     pictures:list[np.ndarray], # highest resolution first, uint8 [B,H,W,3]
-    sizes:list[int], # pixels that each resolution has before it was reduced
+    sizes:list[tuple[int, int]], # (width, height) that each resolution has before it was reduced
     name:str='', # of the side
     inner:bool=True, # show the inner resolutions too
     captions:list[str]=(), # one for each picture
@@ -200,12 +203,12 @@ def _cell(self:SideView, key, size, picture, captions, details, files):
     caption = captions[k] if captions else f'picture {k + 1}'
     small = picture.copy()
     if max(small.size) > 768: small.thumbnail((768, 768))
-    shown = _image(small, f'{caption}, {size} by {size} pixels')
+    shown = _image(small, f'{caption}, {size[0]} by {size[1]} pixels')
     under = f'<div class="mdm-caption">{escape(caption)}</div>' if not i else ''
     if not details: return f'<div class="mdm-cell">{shown}{under}</div>'
     links = download_link(*files[k], 'Save PNG') if files else ''
     if files: links += f'<button class="mdm-use mdm-download" data-picture="{key}">Begin with it</button>'
-    title = f'{caption[:1].upper()}{caption[1:]}' + (f', {size} × {size} pixels' if i else '')
+    title = f'{caption[:1].upper()}{caption[1:]}' + (f', {size[0]} × {size[1]} pixels' if i else '')
     name = f'mdm-{self.number}-{key}'
     button = f'<button class="mdm-open" popovertarget="{name}" title="{escape(caption)}: see it large">{shown}</button>'
     return f'<div class="mdm-cell">{button}{under}{large_view(name, picture, title, details[k], links)}</div>'
