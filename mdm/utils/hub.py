@@ -113,15 +113,15 @@ def weight_files(
 # %% ../../nbs/0_ground/12_hub.ipynb #2b00a7c2
 def _refuse_other(names, name):
     "Raise `ValueError` for a repository without a model of this library."
+    if 'state.json' in names or 'adapter_model.safetensors' in names: return
     pickles = [o for o in names if o.lower().endswith(_pickles)]
-    if not any(o in names for o in _heads[:2]) and pickles:
+    if pickles:
         raise ValueError(f'{name.repo} on the Hub holds its weights as pickles ({", ".join(pickles[:3])}), which can run code '
                          'when they are opened: only safetensors are downloaded. If you trust the owner, download the '
                          'file yourself, and turn it into a folder with mdm_convert.')
-    if 'state.json' not in names and 'adapter_model.safetensors' not in names:
-        few = f'it holds {", ".join(sorted(names)[:5])}' if names else 'it is empty'
-        raise ValueError(f'{name.repo} on the Hub is no model of this library: there is neither a state.json nor an '
-                         f'adapter_model.safetensors ({few}).')
+    few = f'it holds {", ".join(sorted(names)[:5])}' if names else 'it is empty'
+    raise ValueError(f'{name.repo} on the Hub is no model of this library: there is neither a state.json nor an '
+                     f'adapter_model.safetensors ({few}).')
 
 # %% ../../nbs/0_ground/12_hub.ipynb #0cdbf89a
 _fetched = {}                                # folders that this process found on the Hub, by name
@@ -132,11 +132,11 @@ def _download(name, **where):
     get = lambda *patterns: Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=list(patterns), **where))
     folder = get(*_heads)
     files = weight_files(folder)
-    if not files or not (folder/'state.json').is_file():     # ask what else is there, where the Hub can be asked
+    if not (folder/'state.json').is_file():                  # what else is there?
         offline = where['local_files_only'] or os.environ.get('HF_HUB_OFFLINE') == '1'
         api = HfApi(token=where['token'])
         names = [p.name for p in folder.iterdir()] if offline else api.list_repo_files(name.repo, revision=folder.name)
-        _refuse_other([*names, *files], name)
+        _refuse_other(names, name)
     return get(*_heads, *_beside, *files)
 
 def fetch_model(
