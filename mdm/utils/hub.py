@@ -84,13 +84,12 @@ def hub_error(
     if isinstance(error, errors.HFValidationError): return FileNotFoundError(f'{name} is no name of the Hub: {error}')
     apart = isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled))
     if not apart and type(error).__module__.partition('.')[0] not in _transports: return error
+    copy = f', and no whole copy of {name} is in {cache}' if doing == 'reading' else f' for {doing} {name}'
     if offline or constants.HF_HUB_OFFLINE:
         why = 'local_files_only' if offline else 'HF_HUB_OFFLINE'
-        return FileNotFoundError(f'The Hub was not asked for {name}, since {why} is set, and no whole copy of it is in '
-                                 f'{cache}: load it once with a network.')
+        return FileNotFoundError(f'The Hub is not asked, since {why} is set{copy}: do it once with a network.')
     cause = ' '.join(str(error.__cause__ or error).split())[:200]
-    return FileNotFoundError(f'The Hub cannot be reached ({cause}), and no whole copy of {name} is in {cache}: '
-                             'check the network, and try again.')
+    return FileNotFoundError(f'The Hub cannot be reached ({cause}){copy}: check the network, and try again.')
 
 _transports = 'httpx2', 'httpx', 'httpcore', 'requests', 'urllib3'   # what versions of huggingface_hub send requests with
 
