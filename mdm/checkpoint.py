@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'checkpoint_formats', 'write_safetensors', 'checksum', 'save_checkpoint', 'read_state', 'Checkpoint',
-           'did_you_mean', 'find_checkpoint', 'load_checkpoint', 'verify_files', 'strip_prefix', 'load_weights',
-           'text_width', 'all_weights', 'find_adapter', 'read_foreign', 'load_state', 'recipe_for', 'load_model',
-           'load_inner']
+           'did_you_mean', 'find_model', 'find_checkpoint', 'load_checkpoint', 'verify_files', 'strip_prefix',
+           'load_weights', 'text_width', 'all_weights', 'find_adapter', 'read_foreign', 'load_state', 'recipe_for',
+           'load_model', 'load_inner']
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #84081bdd
 import json, struct, sys, warnings, zipfile, zlib
@@ -26,6 +26,7 @@ from .models.nested_unet import NestedUNetConfig, create_model
 from .models.unet import UNetConfig
 from .recipe import Recipe, load_recipe, save_recipe
 from .utils.files import atomic_folder, bundled, presets, readable
+from .utils.hub import model_folder
 from .utils.plugins import load_formats
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #b91d6b69
@@ -218,11 +219,23 @@ def did_you_mean(
     return f'; did you mean {here}?' if here != path and model else ''
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #ca7f2f76
+def find_model(
+    path:str|Path, # a path, the name of a bundled model, or a name of the Hub
+    **where, # `revision`, `anew` and the other arguments of `model_folder`
+)->Path: # a folder or a file, or the path itself where there is none; raises what `model_folder` raises
+    "Find the folder or file that a name means; a name of the Hub is downloaded."
+    try: return model_folder(path, **where)
+    except FileNotFoundError as e:
+        if str(path).startswith('hf:'): raise
+        raise FileNotFoundError(f'There is neither a checkpoint folder nor a file of weights called {path}'
+                                f'{did_you_mean(path)}. {e}') from e
+
+# %% ../nbs/3_training/02_checkpoint.ipynb #af45cca9
 def find_checkpoint(
-    path:str|Path, # a checkpoint, a folder of checkpoints, or the name of a bundled model
+    path:str|Path, # a checkpoint, a folder of checkpoints, the name of a bundled model, or a name of the Hub
 )->Path: # the checkpoint itself, or the whole one with the most steps
     "Find a checkpoint. Warns of damaged ones beside it; raises `FileNotFoundError` or `ValueError`."
-    asked, path = Path(path), readable(path)
+    asked, path = Path(path), find_model(path)
     if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}{did_you_mean(path)}.')
     if _is_checkpoint(path):
         read_state(path)
@@ -252,10 +265,10 @@ def verify_files(
     path:str|Path, # a checkpoint, a folder of checkpoints, or a file of weights
 ):
     "Read a checkpoint to its last byte. Raises `ValueError` for a file that is not as it was written."
-    folder = readable(path)
+    folder = find_model(path)
     if folder.is_dir():
         if (folder/'adapter_config.json').is_file() and not (folder/'state.json').is_file(): return      # peft's: no checksums
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(folder)
         for name in checkpoint.checksums: checkpoint._verify(name)
         if (checkpoint.folder/'adapter_config.json').is_file(): verify_files(checkpoint.recipe.finetune.checkpoint)
     elif zipfile.is_zipfile(path):
@@ -328,11 +341,11 @@ def all_weights(
     return model.state_dict()
 
 def find_adapter(
-    path:str|Path, # the checkpoint of an adapter, a folder of such checkpoints, or a folder that peft wrote
+    path:str|Path, # checkpoint of an adapter, a folder of such checkpoints, peft's folder, or a name of the Hub
     strength:float=1., # factor of the change
 )->Adapter: # raises FileNotFoundError or ValueError
     "Read an adapter: the newest of a training, or that of a folder."
-    folder = Path(path)
+    folder = find_model(path)
     if not (folder/'adapter_config.json').is_file() and not (folder/'adapter_model.safetensors').is_file():
         folder = find_checkpoint(folder)
         if not (folder/'adapter_config.json').is_file():
@@ -363,7 +376,8 @@ def load_state(
     ema:float|None=None, # decay of the average, where several were kept; None: the first
 )->dict[str, Tensor]: # weights by name
     "The weights of any checkpoint."
-    return all_weights(load_checkpoint(path), raw, ema) if readable(path).is_dir() else read_foreign(path)
+    folder = find_model(path)
+    return all_weights(load_checkpoint(path), raw, ema) if folder.is_dir() else read_foreign(path)
 
 # %% ../nbs/3_training/02_checkpoint.ipynb #72c6034a
 def recipe_for(
@@ -387,7 +401,7 @@ def load_model(
     ema:float|None=None, # decay of the average, where several were kept; None: the first
 )->tuple: # the model, on the CPU and in evaluation mode, and its recipe
     "Build a model and fill it. Raises `FileNotFoundError` or `ValueError`."
-    if readable(path).is_dir():
+    if find_model(path).is_dir():
         checkpoint = load_checkpoint(path)
         recipe, state = recipe_for(path, recipe or checkpoint.recipe), all_weights(checkpoint, raw, ema)
     elif Path(path).is_file(): recipe, state = recipe_for(path, recipe), read_foreign(path)

@@ -10,6 +10,7 @@ import inspect, warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
+from importlib import import_module
 from inspect import Parameter
 from math import isqrt
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 from torch import nn
-from .checkpoint import find_adapter, load_model
+from .checkpoint import find_adapter, find_model, load_model
 from .diffusion.guidance import Guide, Prompt
 from .diffusion.objective import Diffusion
 from .diffusion.sampler import Given, PictureNoise, Step, sample_steps
@@ -45,6 +46,7 @@ class MDMPipeline:
     ):
         self.model, self.recipe = model.eval(), recipe
         self.without_adapters = {}   # changed weights by name, as they were before adapters were added
+        self.source = None           # folder or file that the model was read from
         self.encoder = encoder or create_text_encoder(recipe.text)
         self.diffusion = Diffusion(recipe.diffusion, model.scales)
         self.bf16 = recipe.train.bf16 if bf16 is None else bf16
@@ -66,15 +68,24 @@ def _key(path, recipe, raw, ema, kwargs): return repr((str(path), recipe or None
 
 @patch(cls_method=True)
 def from_pretrained(cls:MDMPipeline,
-    path:str|Path, # checkpoint folder, folder of checkpoints (the newest counts), a released .pth file, or 'shapes'
+    path:str|Path, # checkpoint folder, folder of checkpoints (the newest counts), a .pth file, 'shapes', or a name of the Hub
     recipe:Recipe|str|Path|None=None, # needed for a .pth file with no YAML next to it, e.g. 'cc12m_64x64'
     raw:bool=False, # the weights as trained; False: their moving average
     ema:float|None=None, # decay of the moving average, where training kept several; None: the first
+    revision:str|None=None, # branch, tag or commit of a model of the Hub; None: as its name says, else the main branch
+    token:str|bool|None=None, # access token of the Hub; None: that of HF_TOKEN or of `hf auth login`; False: none
+    cache_dir:str|Path|None=None, # folder for downloads; None: that of the variable HF_HOME
+    local_files_only:bool=False, # True: do not ask the Hub, and take what was downloaded before
     **kwargs, # `encoder`, `device`, `bf16`
-)->MDMPipeline: # raises FileNotFoundError or ValueError that say what is wrong with the file
-    "Load a checkpoint of this library, or a released one."
-    if (key := _key(path, recipe, raw, ema, kwargs)) in _shared: return _shared[key]
-    return cls(*load_model(path, recipe, raw, ema), **kwargs)
+)->MDMPipeline: # raises FileNotFoundError, PermissionError or ValueError that say what is wrong, and where
+    "Load a checkpoint of this library, a released one, or a model of the Hub."
+    where = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    given = {**kwargs, **{k: v for k, v in where.items() if v}}
+    if (key := _key(path, recipe, raw, ema, given)) in _shared: return _shared[key]
+    found = find_model(path, anew=True, **where)
+    pipe = cls(*load_model(found, recipe, raw, ema), **kwargs)
+    pipe.source = found
+    return pipe
 
 # %% ../nbs/3_training/03_pipeline.ipynb #c8971b40
 def share_pipeline(
@@ -90,7 +101,7 @@ def share_pipeline(
 # %% ../nbs/3_training/03_pipeline.ipynb #9f4e6439
 @patch
 def add_adapter(self:MDMPipeline,
-    path:str|Path, # the output folder of a fine-tuning, one of its checkpoints, or a folder that peft wrote
+    path:str|Path, # output folder of a fine-tuning, one of its checkpoints, peft's folder, or a name of the Hub
     strength:float=1., # factor of the change: 1 as trained, 0 none, above 1 exaggerates
 )->MDMPipeline: # itself; raises FileNotFoundError or ValueError, and changes nothing then
     "Add an adapter to the model, beside those that were added before; a pipeline of `share_pipeline` changes for all."
@@ -104,6 +115,23 @@ def remove_adapters(self:MDMPipeline)->MDMPipeline: # itself
     unmerge_adapters(self.model, self.without_adapters)
     self.without_adapters = {}
     return self
+
+# %% ../nbs/3_training/03_pipeline.ipynb #2efc1ce0
+@patch
+def save_pretrained(self:MDMPipeline,
+    folder:str|Path, # where to; it must not hold anything else
+    **card, # fields of `CardConfig`, such as `license='apache-2.0'`
+)->Path: # the folder, which `from_pretrained` opens
+    "Save the model with its recipe, licence and card; adapters that were added become part of the weights."
+    return import_module('mdm.share.card').write_shared(self, folder, **card)
+
+@patch
+def push_to_hub(self:MDMPipeline,
+    repo:str, # 'owner/name', made if it is not there
+    **kwargs, # of `push_pipeline`: `private`, `revision`, `message`, `create_pr`, `token`, and fields of `CardConfig`
+)->str: # the page of the commit
+    "Save the model as `save_pretrained` does, and upload it to the Hugging Face Hub."
+    return import_module('mdm.share.push').push_pipeline(self, repo, **kwargs)
 
 # %% ../nbs/3_training/03_pipeline.ipynb #9c6aac36
 def _takes_fields(cls):

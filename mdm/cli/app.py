@@ -113,17 +113,19 @@ def write_page(
 def checkpoint_place(
     path:str, # as typed on the command line
     recipe:str|None=None, # of .pth files
-)->str: # the full path, or the name of the bundled model
+)->str: # the full path, the name of the bundled model, or the name of a commit of the Hub
     "Where a checkpoint is. Raises ValueError for a file that is no model, and what `find_checkpoint` and `recipe_for` raise."
     from mdm.checkpoint import find_checkpoint, recipe_for
     from mdm.utils.files import bundled
+    from mdm.utils.hub import pinned_name
     if Path(path).is_file():
         with open(path, 'rb') as f: head = f.read(2)
         if head != b'PK' and head[:1] != b'\x80':                  # a zip file, or a pickle of before torch 1.6
             raise ValueError(f'{path} is no model: name the output folder of mdm_train, a checkpoint, or a released .pth file')
         recipe_for(path, recipe)                                   # one that nobody can open is refused now
-    elif bundled in find_checkpoint(path).parents: return path
-    return str(Path(path).resolve())
+        return str(Path(path).resolve())
+    found = find_checkpoint(path)
+    return path if bundled in found.parents else pinned_name(found) or str(Path(path).resolve())
 
 def named_checkpoints(
     paths:list[str], # as typed on the command line
@@ -131,7 +133,7 @@ def named_checkpoints(
 )->dict[str, str]: # name on the page -> full path; raises as `checkpoint_place` does
     "Name checkpoints by their last part, where that is unique, else by what was typed."
     places = {p: checkpoint_place(p, recipe) for p in paths}
-    short = {p: Path(place).name for p, place in places.items()}
+    short = {p: Path(p if place.startswith('hf:') else place).name for p, place in places.items()}
     unique = [name for name in short.values() if list(short.values()).count(name) == 1]
     return {short[p] if short[p] in unique else p: place for p, place in places.items()}
 
@@ -485,8 +487,8 @@ def mdm_app(
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app shapes --adapter runs/diamond --adapter runs/night:0.5\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     add = parser.add_argument
     add('checkpoints', metavar='CHECKPOINT', nargs='*',
-        help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, or shapes for the '
-             'model that comes with the library; none: a first screen that offers that one')
+        help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, owner/name of the '
+             'Hub, or shapes for the model that comes with the library; none: a first screen that offers that one')
     add('--adapter', metavar='FOLDER[:STRENGTH]', action='append', default=[],
         help='let visitors add what a fine-tuning learned; the page begins with this strength (1), or without it (0); '
              'may be given several times, and a folder with several adapters offers all of them')

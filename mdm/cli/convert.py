@@ -7,8 +7,10 @@ __all__ = ['check_nothing_lost', 'mdm_convert']
 
 # %% ../../nbs/5_edges/08_convert.ipynb #812ff8cc
 import argparse
+from dataclasses import fields
 from pathlib import Path
-from .command import at_least, check_output, make_parser, run_command, verify_checkpoints
+from .command import (add_config_flags, at_least, check_device, check_output, make_parser, run_command,
+                             verify_checkpoints)
 
 # %% ../../nbs/5_edges/08_convert.ipynb #f07e03e1
 def check_nothing_lost(
@@ -22,6 +24,44 @@ def check_nothing_lost(
         if p.is_file() or p.is_dir() and any(p.iterdir()):
             raise FileExistsError(f'{p} exists already and would be replaced: choose another name, or remove it first')
 
+# %% ../../nbs/5_edges/08_convert.ipynb #7cfb5058
+def _add_share_flags(parser):
+    "The flags of `--card` and `--push`."
+    from mdm.share.settings import CardConfig
+    add = parser.add_argument_group('share').add_argument
+    add('--card', action='store_true', help='write a folder for others: weights, recipe, licence, and a card with sample pictures')
+    add('--push', metavar='OWNER/NAME', help='upload that folder to the Hugging Face Hub, too (OWNER/NAME@BRANCH: into a branch)')
+    add('--private', action='store_true', default=None, help='with --push: make the repository private')
+    add('--message', metavar='TEXT', default='', help='with --push: of the commit')
+    add('--create-pr', action='store_true', help='with --push: open a pull request')
+    for name, metavar, text in (('datasets', 'OWNER/NAME', 'data sets on the Hub that the model learned from'),
+                                ('prompts', 'PROMPT', "of the sample pictures (the recipe's previews)"),
+                                ('figures', 'FOLDER', 'folders of mdm_evaluate with results of these weights')):
+        add(f'--{name}', metavar=metavar, nargs='+', help=f'for the card: {text}')
+    add_config_flags(parser.add_argument_group('card'), CardConfig, skip=('datasets', 'prompts', 'figures', 'half'), own=None)
+    add('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
+    add('--device', help='where the pictures are drawn: cpu, cuda, ... (a GPU if there is one)')
+
+def _share_command(
+    args:argparse.Namespace, # of `mdm_convert`, with `--card` or `--push`
+):
+    "Write a folder for others, and upload it if that is asked for."
+    from mdm.checkpoint import find_checkpoint
+    from mdm.pipeline import MDMPipeline
+    from mdm.share.card import write_shared
+    from mdm.share.push import push_folder
+    from mdm.share.settings import CardConfig
+    if Path(args.dst).suffix == '.pth': raise ValueError(f'--card writes a folder, and {args.dst} is the name of a file')
+    check_nothing_lost(args.dst)
+    check_output(args.dst)
+    if args.verify: verify_checkpoints(args.src)
+    pipe = MDMPipeline.from_pretrained(args.src, args.recipe, ema=args.ema, device=check_device(args.device))
+    adapter = pipe.source.is_dir() and (find_checkpoint(pipe.source)/'adapter_config.json').is_file()
+    card = {o.name: getattr(args, o.name) for o in fields(CardConfig)}
+    repo = (args.push or '').removeprefix('hf://').partition('@')[0]
+    print(write_shared(pipe, args.dst, repo, adapter, **card))
+    if args.push: print(push_folder(args.dst, args.push, args.private, None, args.message, args.create_pr))
+
 # %% ../../nbs/5_edges/08_convert.ipynb #03d1e120
 _exports = ('.onnx', '.pt2')                                 # endings of exported networks
 _export_flags = ('batch', 'tokens', 'size', 'half', 'prompt')
@@ -32,7 +72,7 @@ def _add_export_flags(parser):
     add('--batch', metavar='B', type=at_least(1), help='pictures in one call; guidance takes two for every picture (2)')
     add('--tokens', metavar='T', type=at_least(1), help='length of the embedded prompts (32)')
     add('--size', metavar='WxH', help="width and height of the pictures, e.g. 64x32 (the recipe's square)")
-    add('--half', action='store_true', default=None, help='store the weights in float16; they are computed with in float32')
+    add('--half', action='store_true', default=None, help='store the weights in float16, also with --card; exported networks compute in float32')
     add('--prompt', metavar='TEXT', action='append',
         help='embed this prompt and the empty one, into DST with the ending .safetensors; may be repeated')
 
@@ -59,11 +99,12 @@ def _export_command(args):
     if prompts and write_prompts(pipe, prompts, there, wishes.get('tokens', 32)): print(there)
     print(f'largest difference from the model: {check_export(pipe, dst):.1e}')
 
-# %% ../../nbs/5_edges/08_convert.ipynb #90b63e6c
+# %% ../../nbs/5_edges/08_convert.ipynb #fe2da064
 def _convert_command(
     args:argparse.Namespace, # of `mdm_convert`
 ):
     "Convert a model, and print where it is."
+    if args.card or args.push: return _share_command(args)
     check_nothing_lost(args.dst)
     _export_options(args)
     check_output(args.dst, folder=Path(args.dst).suffix not in ('.pth', *_exports))
@@ -78,16 +119,18 @@ def mdm_convert(
     "The command that converts checkpoints."
     parser = make_parser('mdm_convert',
         'Turn a released .pth file into a checkpoint folder of this library, or a checkpoint folder into a .pth file '
-        'with its YAML file. Files are read as data: code that a .pth file may contain is never executed. '
-        'A DST that ends in .onnx or .pt2 becomes one call of the networks for ONNX Runtime or PyTorch, '
-        'with a JSON file beside it that says how to sample.',
+        'with its YAML file; or, with --card, write a folder for others. Files are read as data: code that a .pth file may '
+        'contain is never executed. A DST that ends in .onnx or .pt2 becomes one call of the networks for ONNX Runtime or '
+        'PyTorch, with a JSON file beside it that says how to sample.',
         'mdm_convert vis_model_000100.pth models/cc12m_64x64 --recipe cc12m_64x64\nmdm_convert runs/shapes shapes.pth\n'
+        'mdm_convert runs/shapes shared --card --license apache-2.0 --push me/shapes\n'
         'mdm_convert shapes shapes.onnx --batch 2 --tokens 32')
     add = parser.add_argument
-    add('src', metavar='SRC', help='a .pth file, a checkpoint folder, or the output folder of mdm_train')
+    add('src', metavar='SRC', help='a .pth file, a checkpoint folder, the output folder of mdm_train, or owner/name of the Hub')
     add('dst', metavar='DST', help='a folder, or a file that ends in .pth, .onnx or .pt2')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
     add('--verify', action='store_true', help='compare all files of SRC with their checksums first')
+    _add_share_flags(parser)
     _add_export_flags(parser)
     return run_command(parser, _convert_command, argv)
 

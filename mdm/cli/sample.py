@@ -288,13 +288,14 @@ def read_adapter_wish(
 # %% ../../nbs/5_edges/07_sample.ipynb #029f1291
 def _about(args, config, given, named):
     "What is written into every picture, besides its prompt and seed."
-    from mdm.checkpoint import find_checkpoint
-    from mdm.utils.files import readable
+    from mdm.checkpoint import find_checkpoint, find_model
+    from mdm.utils.hub import pinned_name
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
-    found = find_checkpoint(args.checkpoint).name if readable(args.checkpoint).is_dir() else ''
-    step = {} if found in ('', Path(args.checkpoint).name) else dict(step=found)         # the newest one may change
+    folder = find_model(args.checkpoint)
+    pinned, found = pinned_name(folder), find_checkpoint(args.checkpoint).name if folder.is_dir() else ''
+    step = {} if pinned or found in ('', Path(args.checkpoint).name) else dict(step=found)   # the newest one may change
     if args.adapter: named = dict(named, adapter=shlex.join(args.adapter))       # paths may contain blanks
-    return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=args.checkpoint,
+    return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=pinned or args.checkpoint,
                 weights=weights, **step, software='mdm')
 
 def _sample_command(
@@ -366,7 +367,7 @@ def mdm_sample(
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT',
         help='shapes (the model that comes with the library), output folder of mdm_train (its newest checkpoint), '
-             'one checkpoint, or a released .pth file')
+             'one checkpoint, a released .pth file, or owner/name of the Hugging Face Hub')
     add('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
     add('--n', type=at_least(1), default=4, help='pictures per prompt (%(default)s)')
@@ -376,7 +377,8 @@ def mdm_sample(
              'an earlier checkpoint, or the same one with --guide-ema')
     add('--guide-ema', metavar='DECAY', type=float, help='which moving average of --guide, where training kept several (the first)')
     add('--adapter', metavar='FOLDER[:STRENGTH]', action='append', default=[],
-        help='add what a fine-tuning learned, with this strength (1); may be given several times')
+        help='add what a fine-tuning learned, a folder or owner/name of the Hub, with this strength (1); '
+             'may be given several times')
     add('--size', metavar='WIDTHxHEIGHT',
         help='size of the pictures, e.g. 384x256; best is one that the model was trained on (the square of the recipe)')
     add('--every-resolution', action='store_true',

@@ -61,8 +61,8 @@ def _parser():
     flag('--distill', metavar='CHECKPOINT',
         help='instead of RECIPE: train a student of this model, which draws in 1 to 8 calls (into runs/NAME-distilled)')
     flag('--from', dest='start', metavar='CHECKPOINT',
-        help='fine-tune this model, with RECIPE or with its own in gentler steps (into runs/NAME-tuned); finetune.rank=8: an '
-             'adapter learns, a small file beside the model')
+        help='fine-tune this model (a checkpoint, or owner/name of the Hugging Face Hub), with RECIPE or with its own in '
+             'gentler steps (into runs/NAME-tuned); finetune.rank=8: an adapter learns, a small file beside the model')
     flag('--dry-run-steps', metavar='N', type=int,
         help='take N steps, on noise if there are no data, print time and memory, and write nothing')
     return parser

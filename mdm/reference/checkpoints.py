@@ -17,11 +17,11 @@ import numpy as np, torch, yaml
 from fastcore.basics import patch
 from torch import Tensor
 from ..checkpoint import (
-    checkpoint_formats, load_checkpoint, load_weights, recipe_for, save_checkpoint, strip_prefix, text_width)
+    checkpoint_formats, find_model, load_checkpoint, load_weights, recipe_for, save_checkpoint, strip_prefix, text_width)
 from ..models.nested_unet import create_model
 from ..recipe import Recipe
 from .recipes import to_reference
-from ..utils.files import atomic_write, readable
+from ..utils.files import atomic_write
 
 # %% ../../nbs/5_edges/02_reference_checkpoints.ipynb #ec3bf22d
 class UnsafeCheckpoint(ValueError):
@@ -404,4 +404,4 @@ def convert(
 )->Path: # what was written
     "Turn a checkpoint folder into a released file, or the reverse. Raises `FileNotFoundError` or `ValueError`."
     src, dst = Path(src), Path(dst)
-    return _folder_to_file(src, dst) if readable(src).is_dir() else _file_to_folder(src, dst, recipe)
+    return _folder_to_file(src, dst) if find_model(src).is_dir() else _file_to_folder(src, dst, recipe)

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..checkpoint import load_checkpoint, load_model, load_weights, recipe_for
+from ..checkpoint import find_model, load_checkpoint, load_model, load_weights, recipe_for
 from ..diffusion.guidance import Denoiser, Prompt
 from ..diffusion.objective import Diffusion
 from ..diffusion.schedule import convert, from_x0
@@ -32,7 +32,8 @@ from .callbacks import callback_order
 from .learner import MDMLearner, mdm_learner
 from .run import run_training
 from ..utils.pictures import pixels_to_signal
-from ..utils.files import bundled, readable
+from ..utils.files import bundled
+from ..utils.hub import pinned_name
 from ..utils.references import escaped
 
 # %% ../../nbs/3_training/12_distill.ipynb #63c278a5
@@ -253,13 +254,13 @@ def plain_start(
     return {**model, 'inner_from': None, 'inner': plain_start(model['inner'])}
 
 def named_recipe(
-    path:str|Path, # a checkpoint, a folder of them, a file of weights, or the name of a bundled model
+    path:str|Path, # a checkpoint, a folder of them, a file of weights, or the name of a bundled model or of the Hub
 )->tuple[str, Recipe]: # raises `FileNotFoundError` or `ValueError`
     "The checkpoint that a path means, as a recipe names it, and its recipe."
-    if not readable(path).is_dir(): return str(path), recipe_for(path)
+    if not find_model(path).is_dir(): return str(path), recipe_for(path)
     checkpoint = load_checkpoint(path)
     named = checkpoint.folder.parent == Path(str(bundled))       # a bundled model keeps its short name
-    return str(path) if named else str(checkpoint.folder), checkpoint.recipe
+    return str(path) if named else pinned_name(checkpoint.folder) or str(checkpoint.folder), checkpoint.recipe
 
 
 # %% ../../nbs/3_training/12_distill.ipynb #4bd52d12

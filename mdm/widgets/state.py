@@ -29,13 +29,13 @@ from torch import Tensor
 from ..data.shapes import shapes_captions
 from ..diffusion.sampler import Given, Step, for_img2img, for_inpaint, for_upscale, scale_sizes
 from ..pipeline import MDMPipeline, paint_mask
-from ..checkpoint import find_adapter, load_checkpoint
+from ..checkpoint import find_adapter, find_model, load_checkpoint
 from ..models.adapters import Adapter, merge_adapters
 from ..recipe import Recipe
 from ..text import split_words
 from ..utils.class_names import ClassNames
 from ..utils.configs import config_class
-from ..utils.files import bundled, readable
+from ..utils.files import bundled
 from ..utils.pictures import from_pil, png_bytes, signal_to_pixels
 from ..utils.sizes import read_size, size_text
 
@@ -632,7 +632,7 @@ def known_words(
     path:str|Path, # a checkpoint, or a folder of checkpoints
 )->frozenset[str]|None: # None: they are not known
     "The words that a model has seen in training."
-    if not readable(path).is_dir(): return None
+    if not find_model(path).is_dir(): return None
     checkpoint = load_checkpoint(path)
     if checkpoint.recipe.text.encoder != 'hash': return None
     stored = (checkpoint.extra.get('training') or {}).get('words')
