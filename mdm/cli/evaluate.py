@@ -191,7 +191,8 @@ def _train_judge(args):
 _about = (
     'Draw a list of captions with a trained model, or those of a validation set, and judge the pictures: prompt '
     'accuracy where captions are of shapes, FID, FD-DINOv2, KID, CMMD, precision and recall, CLIP score, which of 32 '
-    'captions a picture shows, loss by noise level and resolution, and a gallery in one HTML file. The same command goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
+    'captions a picture shows, loss by noise level and resolution, and a gallery in one HTML file. The same command '
+    'goes on after an interruption. Under accelerate launch or torchrun all processes share the work.\n'
     'With --compare: put two such runs side by side. With --sweep: a table and a heat map over length of average and guidance.')
 _examples = '''mdm_evaluate shapes --captions captions.txt --output runs/judged
 mdm_evaluate runs/64 --data 'valid/*.tar' --fid inception --clip openai/clip-vit-base-patch16 --limit 10000
