@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['sections', 'recipe_formats', 'TrainConfig', 'DistillConfig', 'FinetuneConfig', 'Recipe', 'RecipeError', 'valid_keys',
-           'read_model', 'check_weights', 'check_batch', 'check_text', 'size_unit', 'check_image_size',
+           'read_model', 'check_weights', 'check_batch', 'check_text', 'size_unit', 'check_image_size', 'check_frames',
            'init_checkpoints', 'check_freeze', 'check_steps', 'check_join', 'check_segments', 'check_dropout',
            'check_networks', 'check_averages', 'check_one_start', 'check_recipe', 'check_numbers', 'read_sections',
            'build_recipe', 'recipe_dict', 'save_recipe', 'read_source', 'RecipeFormat', 'find_format', 'read_yaml',
            'apply_overrides', 'shortened', 'remember_references', 'lost_references', 'load_recipe']
 
 # %% ../nbs/3_training/01_recipe.ipynb #d1f7dfb2
-import json, re, warnings
+import json, math, re, warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -28,6 +28,7 @@ from .data.stream import DataConfig
 from .diffusion.objective import DiffusionConfig
 from .diffusion.sampler import join_problem
 from .diffusion.settings import SampleConfig
+from .models.clips import ClipUNetConfig, scale_frames
 from .models.nested_unet import NestedUNetConfig, model_scales
 from .models.unet import UNetConfig
 from .text import TextConfig
@@ -155,14 +156,14 @@ def valid_keys(
     depth:int=0, # networks around the innermost one
 )->list[str]: # e.g. 'train.batch_size'
     "Every dotted key of a recipe whose model has `depth` networks around the innermost one."
-    classes = {'model' + '.inner'*i: NestedUNetConfig for i in range(depth)}
+    classes = {'model' + '.inner'*i: ClipUNetConfig for i in range(depth)}
     classes |= {'model' + '.inner'*depth: UNetConfig, **sections}
     keys = ['name', 'model', *sections]
     for place, cls in classes.items(): keys += [f'{place}.{f.name}' for f in fields(cls)]
     return keys
 
 # %% ../nbs/3_training/01_recipe.ipynb #9fd3c43d
-_only_nested = {f.name for f in fields(NestedUNetConfig)} - {f.name for f in fields(UNetConfig)}
+_only_nested = {f.name for f in fields(ClipUNetConfig)} - {f.name for f in fields(UNetConfig)}
 
 def _read_plain(values, place, keys, strict):
     "A network with none inside: `UNetConfig` or None, and a list of problems."
@@ -177,22 +178,33 @@ def _read_plain(values, place, keys, strict):
 _stand_in = dict(channels=[8], num_resnets=[1], num_attention_layers=[0], pooled_text=False)
 
 # %% ../nbs/3_training/01_recipe.ipynb #510efcf6
+_only_clips = {f.name for f in fields(ClipUNetConfig)} - {f.name for f in fields(NestedUNetConfig)}
+
+def _class_of(values, place):
+    "The class of settings of a network around another one, its values, and a list of problems."
+    if values.get('temporal_mode'): return ClipUNetConfig, values, []
+    problems = [f'{place}.{k}: found {values[k]!r}; only a network of clips, one with {place}.temporal_mode = true, has this key'
+                for k in values if k in _only_clips and values[k]]
+    return NestedUNetConfig, {k: v for k, v in values.items() if k not in _only_clips}, problems
+
+# %% ../nbs/3_training/01_recipe.ipynb #ccba074d
 def read_model(
     values:object, # what the file holds for this network
     place:str, # where: 'model', 'model.inner', ...
     keys:list[str], # all valid keys, for suggestions
     strict:bool=True, # False: take 1 for true, and '5' for 5
-)->tuple: # `UNetConfig`, `NestedUNetConfig` or None, and a list of problems
+)->tuple: # `UNetConfig`, `NestedUNetConfig`, `ClipUNetConfig` or None, and a list of problems
     "Read a network and those inside."
     if not (isinstance(values, dict) and 'inner' in values):
         config, problems = _read_plain(values, place, keys, strict)
     else:
         inner, inside = read_model(values['inner'], f'{place}.inner', keys, strict)
-        config, problems = read_config(NestedUNetConfig, {**values, 'inner': _stand_in}, place, keys, strict)
+        cls, values, misplaced = _class_of(values, place)
+        config, problems = read_config(cls, {**values, 'inner': _stand_in}, place, keys, strict)
         if config and inner:
             config.inner = inner
             problems = violations(config, place)
-        problems += inside
+        problems += misplaced + inside
     return (None if problems else config), problems
 
 # %% ../nbs/3_training/01_recipe.ipynb #eb2d170a
@@ -249,8 +261,9 @@ def check_image_size(
     model:UNetConfig, # the networks
     data:DataConfig, # the pictures
 )->list[str]: # lines for `RecipeError`
-    "The model can draw pictures of the data's size, or of its sizes."
-    (unit, least), scales = size_unit(model), model_scales(model)
+    "The model can draw pictures, or frames, of the data's size, or of its sizes."
+    scales = model_scales(model)
+    unit, least = (o//math.isqrt(scale_frames(scales[0])) for o in size_unit(model))
     if data.image_size < 1: return []
     fits = lambda *sides: all(o % unit == 0 and o >= least for o in sides)
     want = f'a multiple of {unit} that is at least {least}'
@@ -260,6 +273,18 @@ def check_image_size(
     if wrong and data.buckets == ['auto']:
         return [_line('data.bucket_step', data.bucket_step or data.image_size//8, f'{want.split(" that")[0]}, {of}')]
     return [_line('data.buckets', wrong, f'{want} in every width and height, {of}')] if wrong else []
+
+# %% ../nbs/3_training/01_recipe.ipynb #6417fd17
+def check_frames(
+    model:UNetConfig, # the networks
+    data:DataConfig, # the pictures or clips
+)->list[str]: # lines for `RecipeError`
+    "The clips of the data have as many frames as those of the model."
+    frames = scale_frames(model_scales(model)[0])
+    if data.frames == frames: return []
+    clips = f'{frames}, as the clips of the model have: its levels halve time {frames.bit_length() - 1} times, all networks together'
+    pictures = '1: this model draws pictures; a network of clips has model.temporal_mode = true'
+    return [_line('data.frames', data.frames, clips if frames > 1 else pictures)]
 
 # %% ../nbs/3_training/01_recipe.ipynb #504367de
 def init_checkpoints(
@@ -327,7 +352,7 @@ def check_networks(
 )->list[str]: # lines for `RecipeError`
     "The networks that learn are networks of the model."
     scales, lines = model_scales(model), []
-    sizes = [data.image_size*s//scales[0] for s in scales]
+    sizes = [data.side*s//scales[0] for s in scales]
     for size in finetune.networks:
         if size not in sizes:
             lines.append(_line('finetune.networks', size, f'sides of the pictures of the networks: {sizes}'))
@@ -352,7 +377,7 @@ def check_one_start(
 
 # %% ../nbs/3_training/01_recipe.ipynb #54b7b8a8
 _between = [(check_weights, 'model', 'diffusion'), (check_batch, 'diffusion', 'train'), (check_text, 'model', 'text'),
-            (check_image_size, 'model', 'data'), (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
+            (check_image_size, 'model', 'data'), (check_frames, 'model', 'data'), (check_freeze, 'model', 'train'), (check_steps, 'diffusion', 'sample'),
             (check_segments, 'distill', 'diffusion'), (check_dropout, 'distill', 'train'),
             (check_join, 'model', 'diffusion', 'sample'), (check_networks, 'model', 'data', 'finetune'),
             (check_one_start, 'distill', 'finetune'), (check_averages, 'train', 'finetune')]

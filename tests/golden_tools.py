@@ -11,7 +11,8 @@ def wave(shape, k=0.):
 
 def fill(model):
     "Fill a model's parameters by the rule of the golden files: sin waves in sorted order of names, scaled by fan-in; gains around 1."
-    for i, (name, p) in enumerate(sorted(model.named_parameters())):
+    filled = [*model.named_parameters(), *model.named_buffers()]     # the reference keeps the frequencies of positions as parameters
+    for i, (name, p) in enumerate(sorted(filled)):
         s = np.sin(.7*np.arange(p.numel()) + i).reshape(p.shape)
         if p.ndim >= 2: s = s/np.sqrt(np.prod(p.shape[1:]))
         else: s = 1 + .1*s if name.endswith('.weight') else .1*s

@@ -37,12 +37,14 @@ def test_timesteps():
     for k in (10, 50, 250, 1000): np.testing.assert_array_equal(timesteps(1000, k), ref[f'steps{k}'])
     all_used('timesteps', 'steps10', 'steps50', 'steps250', 'steps1000')
 
-@pytest.mark.parametrize('name', ['unet', 'nested', 'nested2'])
+@pytest.mark.parametrize('name', ['unet', 'nested', 'nested2', 'video4', 'video16', 'video_space'])
 def test_network(name):
     model, spec = golden_model(name)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == spec['parameters']
     outs = model(*inputs(spec))
-    for i, o in enumerate(outs): close(o, load_npz(name)[f'out{i}'])
+    for i, o in enumerate(outs):
+        ref = load_npz(name)[f'out{i}']
+        close(o, ref, atol=1e-4*ref.std() if 'video' in name else 1e-5)   # deeper networks, longer sums
     all_used(name, *(f'out{i}' for i in range(len(outs))))
 
 @pytest.mark.parametrize('name', ['unet', 'nested', 'nested2'])
@@ -55,6 +57,7 @@ def test_bfloat16(name):
 @pytest.mark.parametrize('name,source,config', [
     ('loss_unet', 'unet', DiffusionConfig()),
     ('loss_nested', 'nested', DiffusionConfig(shifted=True, double_loss=True)),
+    ('loss_video16', 'video16', DiffusionConfig(shifted=True, double_loss=True)),
     ('loss_nested2', 'nested2', DiffusionConfig(shifted=True, shift_power=2., double_loss=True, multi_res_weights=[16., 4., 1.]))])
 def test_loss(name, source, config):
     model, spec = golden_model(source)
@@ -65,11 +68,13 @@ def test_loss(name, source, config):
     out = d.compare(raw, noised)
     close(out.per_sample, ref['loss']); close(out.loss, ref['reduced'])
     close(noised.x_t[0], ref['x_t0']); close(out.targets[0], ref['target0'])
-    close(raw[0] if name == 'loss_unet' else out.preds[0], ref['pred0'])     # the plain model's file holds the raw prediction, v
+    pred = raw[0] if name == 'loss_unet' else out.preds[0]                   # the plain model's file holds the raw prediction, v
+    close(pred, ref['pred0'], atol=1e-4*ref['pred0'].std() if 'video' in name else 1e-5)
     all_used(name, 'loss', 'reduced', 'x_t0', 'pred0', 'target0')
 
 @pytest.mark.parametrize('name,source,config,cfg', [
     ('ddim10_unet', 'unet', DiffusionConfig(), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=1., eta=0., threshold='clip')),
+    ('ddim10_video16', 'video16', DiffusionConfig(shifted=True), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=1., eta=0., threshold='clip')),
     ('ddim10_nested_cfg3', 'nested', DiffusionConfig(shifted=True), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=3., eta=0., threshold='dynamic_if')),
     ('ddim10_nested2_raw', 'nested2', DiffusionConfig(shifted=True, shift_power=2.), SampleConfig(steps=10, solver="ddim", spacing="uniform", guidance=1., eta=0., threshold='none'))])
 def test_samples(name, source, config, cfg):
@@ -77,7 +82,10 @@ def test_samples(name, source, config, cfg):
     _, _, cond, mask, _ = inputs(spec)
     noise = [wave((2, 3, k, k), 11) for k in spec['sizes']]
     out = sample(model, Diffusion(config, model.scales), spec['sizes'][0], cond, mask, config=cfg, noise=noise)
-    close(out[0], load_npz(name)['out'], rtol=0, atol=1e-3)
+    ref = load_npz(name)['out']
+    if 'video' in name:     # ten steps multiply rounding: noise that is 1e-7 off moves single pixels by 3e-3, and so do more threads
+        assert (out[0].numpy() - ref).std() < 1e-3*ref.std() and abs(out[0].numpy() - ref).max() < .02
+    else: close(out[0], ref, rtol=0, atol=1e-3)
     all_used(name, 'out')
 
 @pytest.mark.parametrize('name,parameters', [('cc12m_64x64', 461_359_107), ('cc12m_256x256', 476_613_958), ('cc12m_1024x1024', 480_970_057)])

@@ -44,11 +44,11 @@ def test_presets_of_released_models_sample_as_the_reference_does(size):
 
 def test_mistakes_in_a_reference_file_are_reported_together():
     with pytest.raises(RecipeError) as e: load_recipe(here/'data'/'released_broken.yaml')
-    for line in ('unet_config.resolution_chanels: unknown key', 'did you mean resolution_channels?', 'temporal_mode: found True; this feature', "schedule_type: found 'LINEAR', expected one of deepfloyd",
+    for line in ('unet_config.resolution_chanels: unknown key', 'did you mean resolution_channels?', 'model.temporal_mode: only a nested model', "schedule_type: found 'LINEAR', expected one of deepfloyd",
                  'prediction_typ: unknown key', 'did you mean prediction_type?', "model: found 'nested_unet', expected 'unet'", 'use_lm_mask', "train.lr: found 'fast'", 'batchsize: unknown key',
                  'did you mean batch_size?', 'model.channels: missing'): assert line in str(e.value), line
 
-@pytest.mark.parametrize('name', ['unet', 'nested', 'nested2'])
+@pytest.mark.parametrize('name', ['unet', 'nested', 'nested2', 'video4', 'video16', 'video_space'])
 def test_golden_model_configs(name):
     golden = json.loads((here/'golden'/f'{name}.json').read_text())
     with warnings.catch_warnings():

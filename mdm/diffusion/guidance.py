@@ -105,8 +105,11 @@ def inner_network(
 def enlarge(
     x:Tensor, # pictures, or what is added to them [B,3,h,w]
     size:tuple[int, int], # height and width wanted
+    low:int=1, # their scale
+    high:int=1, # the scale wanted
 )->Tensor: # [B,3,*size]
-    "Enlarge pictures of a lower resolution, with soft edges."
+    "Enlarge pictures of a lower resolution, with soft edges; a scale of [clips](12_clips.ipynb) repeats frames, too."
+    if hasattr(high, 'enlarge'): return high.enlarge(x, size, low)
     return F.interpolate(x, size, mode='bilinear')
 
 # %% ../../nbs/1_model/08_guidance.ipynb #0a5cf140
@@ -275,4 +278,6 @@ def guide_inside(self:Denoiser,
     guided, = self.mix(without, cond[-1:], low, t)
     signal = self.diffusion.signal[-len(x):]
     change = (guided - plain)*signal[-1]
-    return [o + enlarge(change, o.shape[-2:])/s for o, s in zip(high, signal)] + [guided]
+    *scales, innermost = self.diffusion.scales[-len(x):]
+    found = zip(high, signal, scales)
+    return [o + enlarge(change, o.shape[-2:], innermost, scale)/s for o, s, scale in found] + [guided]

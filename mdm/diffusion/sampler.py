@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from .guidance import Denoiser, Guide, Prompt, enlarge
-from .objective import Diffusion, DiffusionConfig, pyramid
+from .objective import Diffusion, DiffusionConfig, lower, pyramid
 from .schedule import add_noise
 from .settings import SampleConfig
 from .solvers import advance, choose_steps, consistency_steps, threshold
@@ -150,7 +150,7 @@ def for_inpaint(
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f'repeats: found {repeats!r}, expected a number above 0')
     free = [(mask > 0).float()]
-    for hi, lo in zip(scales, scales[1:]): free.append(F.max_pool2d(free[-1], hi//lo))
+    for high, low in zip(scales, scales[1:]): free.append(lower(free[-1], high, low, F.max_pool2d))
     return Given(for_img2img(picture, scales, strength).pictures, [o > 0 for o in free], strength, repeats)
 
 # %% ../../nbs/1_model/09_sampler.ipynb #4c116a1b
@@ -260,7 +260,9 @@ def predict(self:Sampling)->list[Tensor]: # clean pictures at every resolution, 
     first = self.joined()
     found = zip(self.denoiser(self.x[first:], self.t), self.diffusion.signal[first:])
     clean = [threshold(x0*signal, self.config.threshold) for x0, signal in found]
-    for x in reversed(self.x[:first]): clean.insert(0, enlarge(clean[0], x.shape[-2:]))
+    scales = self.diffusion.scales
+    for i in reversed(range(first)):
+        clean.insert(0, enlarge(clean[0], self.x[i].shape[-2:], scales[i + 1], scales[i]))
     return self.given.keep(clean)
 
 # %% ../../nbs/1_model/09_sampler.ipynb #acc8df7c

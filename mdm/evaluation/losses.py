@@ -82,7 +82,7 @@ def summarise_losses(
     pipe:MDMPipeline, # the model
 )->dict: # plain data: levels, num_steps, resolutions, mean and se [S][B], n, target
     "Mean and standard error of every level and resolution."
-    N, size, scales = pipe.diffusion.config.num_steps, pipe.recipe.data.image_size, pipe.model.scales
+    N, size, scales = pipe.diffusion.config.num_steps, pipe.recipe.data.side, pipe.model.scales
     n, levels, _ = loss.shape
     se = (loss.std(0, ddof=1)/n**.5).T.tolist() if n > 1 else None
     return dict(levels=[[N*b//levels, N*(b + 1)//levels] for b in range(levels)], num_steps=N, resolutions=[size*s//scales[0] for s in scales],

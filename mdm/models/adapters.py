@@ -44,7 +44,7 @@ def choose_layers(
     targets:list[str]=(), # last parts of layer names, such as 'qkv' or 'conv1'; none: all linear layers and convolutions
 )->list[str]: # names of layers; raises ValueError for a target that no layer has
     "Choose the layers that get an adapter."
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     known = sorted({re.sub(r'\d+$', '', name).rstrip('.').split('.')[-1] for name in layers})
     ends = lambda name, target: name == target or name.endswith(f'.{target}') or re.search(rf'\.{re.escape(target)}\.\d+$', name)
     for target in targets:

@@ -35,6 +35,8 @@ class UNetConfig:
     attention_ffn: bool = False         # a per-pixel network after every attention
     num_heads: int = 8                  # heads of picture attention; text layers always have 8
 
+    temporal_mode = False               # no setting: True in the networks of clips, see there
+
     def rules(self):
         return _level_rules(self) + _width_rules(self)
 
@@ -127,6 +129,23 @@ def block(self:Level,
         return checkpoint(self._compute, i, x, temb, text, use_reentrant=False)
     return self._compute(i, x, temb, text)
 
+# %% ../../nbs/1_model/03_unet.ipynb #1ad442ae
+@patch
+def halve(self:Level,
+    x:Tensor, # features [B,c_out,H,W]
+    n:int, # number of samples B
+)->Tensor: # features [B,c_out,H/2,W/2]
+    "Compute features of half the size."
+    return self.resample(x)
+
+@patch
+def double(self:Level,
+    x:Tensor, # features [B,c_out,H,W]
+    n:int, # number of samples B
+)->Tensor: # features [B,c_out,2H,2W]
+    "Compute features of twice the size."
+    return self.resample(F.interpolate(x, scale_factor=2, mode='nearest'))
+
 # %% ../../nbs/1_model/03_unet.ipynb #7363bbc0
 @patch
 def down(self:Level,
@@ -139,7 +158,7 @@ def down(self:Level,
     for i in range(len(self.resnets)):
         x = self.block(i, x, temb, text)
         outs.append(x)
-    if self.stride: outs.append(self.resample(x))
+    if self.stride: outs.append(self.halve(x, len(temb)))
     return outs
 
 # %% ../../nbs/1_model/03_unet.ipynb #3d632c7e
@@ -153,7 +172,7 @@ def up(self:Level,
     "Compute one level of the way up."
     for i in range(len(self.resnets)): x = self.block(i, torch.cat([x, skips.pop()], dim=1), temb, text)
     if not self.stride: return x
-    return self.resample(F.interpolate(x, scale_factor=2, mode='nearest'))
+    return self.double(x, len(temb))
 
 # %% ../../nbs/1_model/03_unet.ipynb #d9e585b7
 class UNet(nn.Module):

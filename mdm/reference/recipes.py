@@ -71,7 +71,11 @@ _network_keys = dict(
     skip_inner_unet_input=('inner_input', _not),
     skip_normalization=('normalize_input', _not),
     freeze_inner_unet=('freeze_inner', _flag),
-    initialize_inner_with_pretrained=('inner_from', _same))
+    initialize_inner_with_pretrained=('inner_from', _same),
+    temporal_mode=('temporal_mode', _flag),
+    temporal_spatial_ds=('temporal_spatial_ds', _flag),
+    num_temporal_attention_layers=('num_temporal_attention_layers', lambda v: _ints(v) if v else None),
+    temporal_positional_encoding=('temporal_positional_encoding', _flag))
 _resnet_keys = dict(
     num_groups_norm=('num_groups', _int),
     dropout=('dropout', _same),
@@ -135,8 +139,7 @@ _idle = set('''append_eos avg_lm_steps categorical_conditioning dataset_config d
     pretrained_vision_file reader_buffer_size reader_config_file rescale_schedule
     sample_dir sample_image_size smaller_side_size test_file_list
     use_precomputed_text_embeddings use_tokenizer_scores use_residual vocab_file'''.split())
-_absent = set('''interp_conditioning num_temporal_attention_layers random_low_noise reproject_signal temporal_mode
-    temporal_positional_encoding temporal_spatial_ds'''.split())
+_absent = set('interp_conditioning random_low_noise reproject_signal'.split())
 
 @dataclass
 class _Translation:
@@ -196,6 +199,7 @@ def _attention_layers(self:_Translation, theirs, place):
 # %% ../../nbs/5_edges/01_reference_recipes.ipynb #981690fc
 _nested_keys = ('inner_input', 'normalize_input', 'freeze_inner', 'inner_from')
 _text_keys = ('text_proj_dim', 'num_text_layers', 'masked_cross_attention')
+_clip_keys = ('temporal_mode', 'temporal_spatial_ds', 'num_temporal_attention_layers', 'temporal_positional_encoding')
 
 @patch
 def _network(self:_Translation, theirs, place):
@@ -207,7 +211,7 @@ def _network(self:_Translation, theirs, place):
     if (layers := self._attention_layers(theirs, place)) is not None: out['num_attention_layers'] = layers
     inner = theirs.get('inner_config')
     unread = _nested_keys if inner is None else _text_keys
-    out = {k: v for k, v in out.items() if k not in unread}
+    out = {k: v for k, v in out.items() if k not in unread and (v or k not in _clip_keys)}
     return out if inner is None else {**out, 'mid_blocks': False,
         'inner': self._network(inner, f'{place}.inner_config')}
 
@@ -271,6 +275,12 @@ def _kind(depth):
     "The reference's name of a model with `depth` networks around the innermost one."
     return {0: 'unet', 1: 'nested_unet'}.get(depth, f'nested{depth}_unet')
 
+def _frames(model):
+    "Frames of the clips of a model, in plain values: the reference has no key for them."
+    if 'inner' not in model: return 1
+    halves = model.get('temporal_mode') and not model.get('temporal_spatial_ds')
+    return _frames(model['inner'])*(2**(len(model.get('channels') or [0]) - 1) if halves else 1)
+
 def _drop_job_number(t, model):
     start = model.get('inner_from')
     if start and not Path(start).exists() and not Path(start).suffix and '/' not in str(start):
@@ -288,6 +298,7 @@ def translate(
     _fit_steps(t, settings)
     _check_kind(t, theirs, model)
     _drop_job_number(t, model)
+    if (frames := _frames(model)) > 1: settings['data.frames'] = frames
     out = {'name': settings.pop('name', name), 'model': model}
     for key, v in settings.items():
         section, _, setting = key.partition('.')
@@ -308,13 +319,12 @@ def _network_to_reference(c, nesting=False):
     out = dict(
         resolution_channels=c.channels, num_resnets_per_resolution=c.num_resnets, temporal_dim=c.time_dim,
         attention_levels=[i for i, n in enumerate(c.num_attention_layers) if n],
-        num_attention_layers=c.num_attention_layers, num_temporal_attention_layers=None,
+        num_attention_layers=c.num_attention_layers, **{k: getattr(c, k, None if 'num' in k else False) for k in _clip_keys},
         conditioning_feature_dim=-1, conditioning_feature_proj_dim=c.text_proj_dim or -1,
         num_lm_head_layers=c.num_text_layers,
         masked_cross_attention=int(c.masked_cross_attention), skip_cond_emb=not c.pooled_text,
         skip_mid_blocks=not c.mid_blocks, nesting=nesting,
         micro_conditioning=','.join(f'{k}:{v:g}' for k, v in c.micro_conditioning.items()) or None,
-        temporal_mode=False, temporal_spatial_ds=False, temporal_positional_encoding=False,
         resnet_config=dict(num_channels=-1, output_channels=-1, num_groups_norm=c.num_groups, dropout=c.dropout,
                            use_attention_ffn=c.attention_ffn))
     if isinstance(c, NestedUNetConfig): out |= dict(

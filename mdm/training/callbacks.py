@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..diffusion.objective import Diffusion, Noised
 from ..models.adapters import averaged_weights, has_adapter, share_frozen
 from ..text import TextEncoder
-from ..utils.pictures import contact_sheet, pixels_to_signal
+from ..utils.pictures import Clip, clip_sheet, contact_sheet, pixels_to_signal
 from .sharded import full_tensor, local_tensors
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #9963e720
@@ -553,3 +553,5 @@ class Previews(Every):
         inner = pictures[1] if len(pictures) > 1 else None
         sheet = contact_sheet(pictures[0], self.prompts, columns=min(8, len(self.prompts)), inner=inner)
         sheet.save(self.folder/f'step_{self.learn.steps:08d}.png')
+        if not isinstance(pictures[0][0], Clip): return
+        clip_sheet(pictures[0], self.prompts).save(self.folder/f'step_{self.learn.steps:08d}.gif')

@@ -47,7 +47,7 @@ def tuned_networks(
 )->list[int]: # numbers of the networks that learn, outermost 0
     "Find the networks that a recipe tunes."
     scales = model_scales(recipe.model)
-    sizes = [recipe.data.image_size*s//scales[0] for s in scales]
+    sizes = [recipe.data.side*s//scales[0] for s in scales]
     return [i for i, size in enumerate(sizes) if size in (recipe.finetune.networks or sizes)]
 
 def tune(

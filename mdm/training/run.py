@@ -25,6 +25,7 @@ from fastai.torch_core import default_device
 from tqdm.auto import tqdm
 from ..checkpoint import Checkpoint
 from ..data.loader import create_dls
+from ..models.clips import resolution_names
 from ..models.nested_unet import NestedUNetConfig, create_model
 from ..recipe import Recipe, load_recipe, save_recipe
 from ..text import TextConfig, TextEncoder
@@ -111,7 +112,7 @@ def opening_line(
 )->str: # a line
     "Describe the model, the data and the steps."
     r, data, scales = learn.recipe, learn.dls.train.dataset, learn.model.scales
-    sizes = ' and '.join(f'{r.data.image_size*s//scales[0]}' for s in scales)
+    sizes = ' and '.join(resolution_names(r.data.side, scales))
     if r.data.sizes: sizes = ', '.join(map(size_text, r.data.sizes))
     files, weights = len({s.tar for s in data.shards}), sum(p.numel() for p in learn.model.parameters())
     batch = f'batches of {r.train.batch_size}'
@@ -328,7 +329,7 @@ def random_data(
     n:int, # batches per epoch
 )->tuple[DataLoaders, TextEncoder]: # random pictures, and random embeddings for any prompts
     "Loaders and a text encoder that need no files."
-    b, sizes = recipe.train.batch_size, recipe.data.sizes or [(recipe.data.image_size,)*2]
+    b, sizes = recipe.train.batch_size, recipe.data.sizes or [(recipe.data.side,)*2]
     dls = DataLoaders(_NoiseBatches(n, b, sizes), DataLoader([], bs=b), device=default_device())
     return dls, _NoiseEncoder(recipe.text, encoder_width(recipe.text))
 
@@ -377,7 +378,7 @@ def _dry_run_line(learn, seconds, memory):
     r, weights = learn.recipe, sum(p.numel() for p in learn.model.parameters())
     pictures = r.train.batch_size*r.train.accumulate*rank_and_world()[1]
     return (
-        f"{r.name}: {weights/1e6:.1f} million weights, {r.data.image_size} pixels, {pictures} "
+        f"{r.name}: {weights/1e6:.1f} million weights, {resolution_names(r.data.side, learn.model.scales)[0]} pixels, {pictures} "
             f"picture{'s'*(pictures > 1)} per step, "
         f"{'bfloat16' if r.train.bf16 else 'float32'} on {learn.dls.device}: {seconds:.2f} s per step, "
         f"{pictures/seconds:.2f} pictures/s, at most {memory:.2f} GiB")

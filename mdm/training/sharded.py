@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from ..models.clips import TemporalAttention
 from ..models.layers import Attention, ResNet, TextBlock
 from ..utils.ranks import is_main
 
@@ -23,7 +24,7 @@ def shard_model(
 )->nn.Module: # the model
     "Divide the weights among all processes, block by block (arXiv 2304.11277)."
     for block in model.modules():
-        if isinstance(block, (ResNet, Attention, TextBlock)): fully_shard(block)
+        if isinstance(block, (ResNet, Attention, TextBlock, TemporalAttention)): fully_shard(block)
     return fully_shard(model)
 
 def is_sharded(

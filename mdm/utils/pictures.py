@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['pixels_to_signal', 'signal_to_pixels', 'to_bytes', 'profile_fault', 'to_rgb', 'open_picture', 'to_pil', 'from_pil',
-           'pixel_tensors', 'png_bytes', 'caption_font', 'wrap_text', 'contact_sheet']
+           'pixel_tensors', 'png_bytes', 'caption_font', 'wrap_text', 'contact_sheet', 'gif_bytes', 'mp4_bytes', 'Clip',
+           'tile_frames', 'cut_tiles', 'clip_sheet']
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #5bde0bb0
 import io, textwrap, warnings
+from base64 import b64encode
 from functools import lru_cache
 from importlib.util import find_spec
-from math import ceil
+from math import ceil, isqrt
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -149,7 +152,7 @@ def from_pil(
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #1a18347d
 def pixel_tensors(
-    pictures, # a list of PIL pictures, or uint8 pictures [B,3,H,W] (a tensor or an array)
+    pictures, # a list of PIL pictures or `Clip`s (below), or uint8 pictures [B,3,H,W] (a tensor or an array)
 )->list[Tensor]: # uint8 [3,H,W] each, on the CPU
     "Check pictures and give them as bytes. Raises `TypeError` for anything else."
     wanted = 'a list of PIL pictures or a uint8 array [B,3,H,W] is wanted, not'
@@ -158,6 +161,7 @@ def pixel_tensors(
         if pictures.dtype == torch.uint8 and pictures.ndim == 4 and pictures.shape[1] == 3: return list(pictures.cpu())
         raise TypeError(f'pictures: {wanted} {pictures.dtype} {list(pictures.shape)}; use signal_to_pixels for a signal')
     if not isinstance(pictures, (list, tuple)): raise TypeError(f'pictures: {wanted} {type(pictures).__name__}')
+    pictures = [getattr(p, 'tiles', p) for p in pictures]    # of clips
     for p in pictures:
         if not isinstance(p, Image.Image):
             raise TypeError(f'pictures: {wanted} {type(pictures).__name__} with {type(p).__name__} in it')
@@ -208,7 +212,7 @@ def _enlarged(pictures, cell):
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #53f8f517
 def contact_sheet(
-    pictures, # list of PIL pictures, or uint8 [B,3,H,W]
+    pictures, # list of PIL pictures or `Clip`s, whose frames become tiles, or uint8 [B,3,H,W]
     captions:list|None=None, # one text per picture, wrapped under it
     columns:int=8, # pictures side by side
     inner=None, # the same pictures at a lower resolution, shown below each at the same size
@@ -232,3 +236,136 @@ def contact_sheet(
         for j, row in enumerate(rows): sheet.paste(row[i], (x, y + j*(h + 4)))
         pen.multiline_text((x, y + (h + 4)*len(rows) - 2), t, 'black', font, spacing=3)
     return sheet
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #e676492e
+def gif_bytes(
+    pictures:list[Image.Image], # all of one size
+    ms:int=80, # how long each one is shown, in milliseconds
+    last:int=1500, # how long the last one is shown
+    format:str='GIF', # or 'WEBP': smaller, and every colour is exact
+)->bytes: # a file that repeats without end
+    "Make a film of pictures."
+    file, durations = io.BytesIO(), [ms]*(len(pictures) - 1) + [last]
+    exact = dict(lossless=True) if format == 'WEBP' else {}
+    pictures[0].save(file, format, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **exact)
+    return file.getvalue()
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #d31de056
+def _even(picture):
+    "A picture as an RGB array with even sides."
+    pixels = np.asarray(picture.convert('RGB'))
+    return np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], constant_values=255)
+
+def mp4_bytes(
+    pictures:list[Image.Image], # all of one size
+    fps:int=12, # pictures per second
+    last:float=1.5, # how long the last one is shown, in seconds; 0: as long as the others
+)->bytes: # an MP4 file (H.264); raises ImportError where PyAV is missing
+    "Make a film of pictures as MP4."
+    try: import av
+    except ImportError as e:
+        raise ImportError(f"MP4 is written by PyAV, which cannot be imported here ({e}): "
+                          "pip install 'matryoshka-diffusion[video]', or make a GIF") from None
+    file, frames = io.BytesIO(), [_even(o) for o in pictures]
+    with av.open(file, 'w', format='mp4') as out:
+        stream = out.add_stream('libx264', fps, options=dict(crf='18'))
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], 'yuv420p'
+        for frame in frames + frames[-1:]*(max(1, round(last*fps)) if last else 0):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #6417b725
+class Clip:
+    "Frames that are shown one after the other."
+    def __init__(self,
+        frames:list[Image.Image], # RGB pictures of one size, at least one
+        fps:float=8., # how many are shown in a second
+    ):
+        self.frames, self.fps = list(frames), fps
+
+    def __len__(self): return len(self.frames)
+
+    @property
+    def size(self)->tuple[int, int]: # (width, height)
+        "The size of a frame in pixels."
+        return self.frames[0].size
+
+    @property
+    def width(self)->int: # in pixels
+        "The width of a frame."
+        return self.size[0]
+
+    @property
+    def height(self)->int: # in pixels
+        "The height of a frame."
+        return self.size[1]
+
+    def __repr__(self): return f'Clip of {len(self)} frames of {self.width} x {self.height} pixels, {self.fps:g} in a second'
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #b5007720
+def tile_frames(
+    frames:list[Image.Image], # of one size
+    columns:int|None=None, # side by side; None: as many as make a square, or nearly
+)->Image.Image: # one picture with all of them, in reading order, without anything between
+    "Lay pictures out as tiles."
+    columns, (w, h) = columns or ceil(len(frames)**.5), frames[0].size
+    sheet = Image.new('RGB', (columns*w, ceil(len(frames)/columns)*h))
+    for i, frame in enumerate(frames): sheet.paste(frame, (i%columns*w, i//columns*h))
+    return sheet
+
+def cut_tiles(
+    picture:Image.Image, # of `tile_frames`
+    count:int, # how many tiles, a square number
+)->list[Image.Image]: # the tiles; ValueError for a picture that does not divide
+    "Cut a picture into square rows and columns of tiles."
+    n = isqrt(count)
+    if n*n != count or picture.width % n or picture.height % n:
+        raise ValueError(f'a picture of {picture.width} x {picture.height} pixels does not divide into {count} tiles')
+    w, h = picture.width//n, picture.height//n
+    return [picture.crop((x*w, y*h, x*w + w, y*h + h)) for y in range(n) for x in range(n)]
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #b012418e
+@patch(as_prop=True)
+def tiles(self:Clip)->Image.Image: # in reading order
+    "All frames as tiles of one picture."
+    return tile_frames(self.frames)
+
+@patch
+def data(self:Clip,
+    kind:str='gif', # 'gif', 'webp', 'mp4', or 'png' for the tiles
+)->bytes: # a file; raises ValueError for another kind, ImportError for 'mp4' without PyAV
+    "The clip as a file."
+    ms = round(1000/self.fps)
+    if kind in ('gif', 'webp'): return gif_bytes(self.frames, ms, ms, kind.upper())
+    if kind == 'mp4': return mp4_bytes(self.frames, round(self.fps), 0)
+    if kind == 'png': return png_bytes(self.tiles)
+    raise ValueError(f'a clip is saved as .gif, .webp, .mp4, or its tiles as .png, not as .{kind}')
+
+@patch
+def save(self:Clip,
+    path:str|Path, # file to write; its ending says how
+)->Path: # the file; raises what `data` raises
+    "Save the clip."
+    path = Path(path)
+    path.write_bytes(self.data(path.suffix.lower().lstrip('.')))
+    return path
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #b9dee843
+def clip_sheet(
+    clips:list[Clip], # of equally many frames
+    captions:list[str]|None=None, # one text per clip, wrapped under it
+    columns:int=8, # clips side by side
+    **kwargs, # for `contact_sheet`
+)->Clip: # a sheet for every moment
+    "Lay out clips with captions."
+    moments = zip(*(o.frames for o in clips))
+    return Clip([contact_sheet(list(o), captions, min(columns, len(clips)), **kwargs) for o in moments], clips[0].fps)
+
+# %% ../../nbs/0_ground/03_pictures.ipynb #dc328bcd
+@patch
+def _repr_html_(self:Clip):
+    "An animation for a notebook; small frames are enlarged by a whole number."
+    k = max(1, 128//self.width)
+    look = f'width="{self.width*k}" height="{self.height*k}" style="image-rendering: pixelated"'
+    return f'<img alt="{self!r}" {look} src="data:image/webp;base64,{b64encode(self.data("webp")).decode()}">'
