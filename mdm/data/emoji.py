@@ -45,7 +45,6 @@ def list_emoji(
     except re.error as e: raise ValueError(f'exclude: {exclude!r} is no regular expression ({e})') from None
     found = []
     for text, facts in sorted(emoji.EMOJI_DATA.items()):
-        bare = text.replace('\U0001F3F4', '') if len(text) > 1 else text
         special = _not_plain.sub('', text) != text
         is_flag = special and not re.search('[\U0001F3FB-\U0001F3FF]', text)
         if facts['status'] != emoji.STATUS['fully_qualified'] or special and not (flags and is_flag): continue

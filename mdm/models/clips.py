@@ -19,7 +19,7 @@ from torch import Tensor
 from ..diffusion.sampler import Given
 from .layers import TextAttention, TextMLP, attend, zero_init
 from .nested_unet import NestedUNet, NestedUNetConfig, networks
-from .unet import Level, Text, UNet, UNetConfig
+from .unet import Level, Text, UNet
 from ..utils.configs import config_class
 
 # %% ../../nbs/1_model/12_clips.ipynb #a71aca4a
