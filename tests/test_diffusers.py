@@ -89,6 +89,7 @@ def test_code_of_a_folder_runs_only_when_it_is_trusted(bundled_folder, tmp_path)
 
 def test_our_folder_as_it_is(tmp_path):
     shutil.copytree(bundled/'shapes_fast', tmp_path/'own')
+    with pytest.raises(FileNotFoundError, match='add_model_index'): MDMDiffusionPipeline.from_pretrained(tmp_path/'own')
     add_model_index(tmp_path/'own')
     want = MDMPipeline.from_pretrained(tmp_path/'own', device='cpu')(prompt, n=1, steps=1)
     pipe = quiet(DiffusionPipeline.from_pretrained(tmp_path/'own', custom_pipeline='pipeline', trust_remote_code=True))

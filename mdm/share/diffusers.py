@@ -642,6 +642,19 @@ def from_diffusers(
     pipe = source if isinstance(source, MDMDiffusionPipeline) else MDMDiffusionPipeline.from_pretrained(source)
     return save_checkpoint(folder, pipe.recipe, pipe.unet.state_dict())
 
+# %% ../../nbs/4_use/17_diffusers.ipynb #18754955
+@patch(cls_method=True)
+def from_pretrained(cls:MDMDiffusionPipeline,
+    path:str|Path, # folder of a pipeline, or a repository of the Hub
+    **kwargs, # as for every pipeline of diffusers, e.g. `dtype`, and `bf16`
+)->MDMDiffusionPipeline: # raises FileNotFoundError for a checkpoint that diffusers cannot read yet
+    "Load a pipeline, without the code in its folder."
+    ours, index = (Path(path)/o for o in ('recipe.yaml', 'model_index.json'))
+    if ours.is_file() and not index.is_file():
+        raise FileNotFoundError(f'{path} is a checkpoint of mdm, which diffusers cannot read as it is: '
+                                f'add_model_index({str(path)!r}) makes it readable, and to_diffusers writes a copy')
+    return super(MDMDiffusionPipeline, cls).from_pretrained(path, **kwargs)
+
 # %% ../../nbs/4_use/17_diffusers.ipynb #d8d18f6e
 def add_model_index(
     path:str|Path, # a checkpoint folder, or a folder of checkpoints: the one with the most steps
