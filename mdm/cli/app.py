@@ -140,8 +140,8 @@ def named_checkpoints(
 # %% ../../nbs/5_edges/11_app.ipynb #66f361e9
 def offered_adapters(
     wishes:list[str], # values of `--adapter`: FOLDER or FOLDER:STRENGTH
-)->dict[str, tuple[str, float]]: # name on the page -> full path, and strength to begin with; raises FileNotFoundError or ValueError
-    "Name the adapters of a command line."
+)->dict[str, tuple[str, float]]: # name on the page -> full path, and strength to begin with
+    "Name the adapters of a command line. Raises FileNotFoundError or ValueError."
     if not wishes: return {}
     from mdm.widgets.state import named_adapters
     found = named_adapters([read_adapter_wish(o) for o in wishes])
@@ -457,7 +457,8 @@ def _check_args(args):
 def _start_forks(args, checkpoints, recipe, adapters):
     "The process that visitors are forked from, or None."
     from mdm.widgets.forks import start_forks
-    return start_forks(list(checkpoints.values()) or ['shapes'], recipe, args.device, [place for place, _ in adapters.values()])
+    places = [place for place, _ in adapters.values()]
+    return start_forks(list(checkpoints.values()) or ['shapes'], recipe, args.device, places)
 
 def _app_command(
     args:argparse.Namespace, # of `mdm_app`
@@ -484,7 +485,8 @@ def mdm_app(
     parser = make_parser('mdm_app',
         'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a '
         'Python process of their own.',
-        'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app shapes --adapter runs/diamond --adapter runs/night:0.5\nmdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
+        'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app shapes --adapter runs/diamond --adapter runs/night:0.5\n'
+        'mdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
     add = parser.add_argument
     add('checkpoints', metavar='CHECKPOINT', nargs='*',
         help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, owner/name of the '

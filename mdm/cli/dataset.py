@@ -117,7 +117,8 @@ def _folder_flags(p):
 @_subcommand('folder', 'a folder of captioned pictures',
     'Shards from a folder of pictures and the folders in it. Captions are in text files beside the pictures (cat.jpg, '
     'cat.txt or cat.caption), or in tables metadata or captions (.jsonl, .csv, .tsv, .parquet) with the columns file_name '
-    'and text. A picture that is named several times has several captions, and training uses each in its turn. Pictures '
+    'and text; further columns, such as scores, go into the .json of each sample, for filters. A picture that is named '
+    'several times has several captions, and training uses each in its turn. Pictures '
     'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
     'skipped.tsv. The same command packs pictures that were added to the folder since into further shards. With --clips, '
     'it packs videos (.mp4, .mov, .webm, .mkv) and animated pictures instead. With --classes, every folder in the folder is '

@@ -340,8 +340,10 @@ def _no_pictures(folder, files, links, clips=False):
     kinds = sorted({Path(f).suffix.lower() or 'no ending' for f in files})
     found = f'; it has {len(files):,} other files ({", ".join(kinds[:6])})' if files else ''
     what, endings = ('clips', CLIP_FILES) if clips else ('pictures', PICTURE_FILES)
-    if links: found += (f'; {len(links):,} links to folders are not followed, {links[0]} -> {os.path.realpath(Path(folder, links[0]))} '
-                        'for one: give that folder itself, or --follow-links')
+    if links:
+        target = os.path.realpath(Path(folder, links[0]))
+        found += (f'; {len(links):,} links to folders are not followed, {links[0]} -> {target} for one: '
+                  'give that folder itself, or --follow-links')
     mend = '. For videos, give --clips'*(not clips and any(f.lower().endswith(CLIP_FILES) for f in files))
     return FileNotFoundError(f"{folder} holds no {what} ({', '.join(endings)}), nor do the folders below it{found}{mend}")
 
@@ -355,7 +357,7 @@ def misfit(
     return skip
 
 def _add_tables(captions, folder, files, file_column=None, caption_column=None):
-    "Put the captions of a folder's tables into `captions`, and give the facts. A row that does not fit stands for its picture, or itself."
+    "Put the captions of a folder's tables into `captions`; gives the facts. A row that does not fit stands for its picture, or itself."
     by_path, named, odd, facts = {normalize_path(f): f for f in captions}, {}, [], {}
     def found(table, name):
         path = posixpath.join(posixpath.dirname(table), name)
@@ -452,7 +454,7 @@ def read_metadata(
     path:str|Path, # one of `CAPTION_TABLES`
     file:str|None=None, # name of the column with the files; None: guess
     caption:str|None=None, # name of the column with the captions, or of several, as for `pick_caption_columns`; None: guess
-)->tuple[list, list]: # (file, captions with their weights, other columns by name); and (line, file or '', problem) of rows that do not fit
+)->tuple[list, list]: # (file, captions with their weights, other columns); and (line, file or '', problem) of misfits
     "Read a table of captions. Raises `ValueError`, with the line, for what is no such table."
     rows, misfits, columns = [], [], _all_columns(path)
     if not columns: return rows, misfits
@@ -463,7 +465,8 @@ def read_metadata(
     used = {*keep, *CAPTION_KEYS}
     def odd(n, cells, problem): misfits.append((n, cells[place] if place < len(cells) else '', problem))
     for n, row in read_table(path, keep=keep, also=[c for c in columns if c not in used], misfits=odd):
-        if isinstance(name := row.get(at), str) and name: rows.append((name, row_captions(row, texts), _facts(row, used)))
+        name = row.get(at)
+        if isinstance(name, str) and name: rows.append((name, row_captions(row, texts), _facts(row, used)))
         else: misfits.append((n, '', f'line {n}: without a file'))
     return rows, misfits
 
@@ -645,8 +648,8 @@ def write_folder(
     """Make shards from a folder of captioned pictures, or add its new pictures to shards. Raises `FileNotFoundError` without
     pictures, `ValueError` when none can be used, `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
     config = changed(config or FolderConfig(), 'folder', **changes)
-    found, fingerprint, files, facts = _listing(pictures, folder, config.file_column, config.caption_column, config.clips,
-                                                config.follow_links)
+    columns = config.file_column, config.caption_column
+    found, fingerprint, files, facts = _listing(pictures, folder, *columns, config.clips, config.follow_links)
     if config.caption_key: parse_shares(config.caption_key)
     states, manifest = _states(found, files, facts), read_manifest(folder)
     items, after = _new_items(folder, found, states, fingerprint, manifest, _states(found, files, {}))
@@ -660,5 +663,6 @@ def write_folder(
         outcomes = ordered_map(make, items[writer.position:], config.workers)
         for outcome in items_bar(outcomes, 'pictures', len(items), bar, writer.position):
             writer.add(writer.position, outcome, items[writer.position][0])
-    with atomic_write(Path(folder)/PACKED) as f: f.write(json.dumps(dict(source=fingerprint, files=states, facts=True)).encode())
+    packed = dict(source=fingerprint, files=states, facts=True)
+    with atomic_write(Path(folder)/PACKED) as f: f.write(json.dumps(packed).encode())
     return refuse_empty(writer.manifest, pictures)

@@ -8,7 +8,7 @@ __all__ = ['pixels_to_signal', 'signal_to_pixels', 'to_bytes', 'profile_fault', 
            'wrap_text', 'contact_sheet', 'gif_bytes', 'mp4_bytes', 'Clip', 'tile_frames', 'cut_tiles', 'clip_sheet']
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #5bde0bb0
-import io, re, struct, textwrap, unicodedata, warnings
+import io, re, textwrap, unicodedata, warnings
 from base64 import b64encode
 from functools import lru_cache
 from importlib.util import find_spec
@@ -191,10 +191,9 @@ def caption_font(
 @lru_cache(maxsize=None)
 def _letters_of(path):
     "The code points of a font; none of a file that cannot be read."
-    from fontTools.ttLib import TTFont, TTLibError
-    try:
-        with TTFont(path, fontNumber=0, lazy=True) as f: return frozenset(f.getBestCmap() or ())
-    except (TTLibError, OSError, ValueError, KeyError, AssertionError, struct.error): return frozenset()
+    from matplotlib.ft2font import FT2Font
+    try: return frozenset(FT2Font(path).get_charmap())
+    except (RuntimeError, OSError, ValueError): return frozenset()
 
 @lru_cache
 def _system_fonts():
@@ -207,7 +206,7 @@ def _system_fonts():
 
 @lru_cache
 def _sized_font(path, size):
-    "A font, and the size at which it was opened: fonts of colour bitmaps have one size only. None: it cannot be opened."
+    "A font and the size at which it was opened, since fonts of colour bitmaps have one size only; None: it cannot be opened."
     for o in (size, 109, 160, 136, 128, 96, 64):
         try: return ImageFont.truetype(path, o), o
         except OSError: continue

@@ -46,7 +46,8 @@ def _known_adapters(side, adapters):
     "The adapters of a side under the names that they have here, and the names of those that are not here."
     found, strange = {}, []
     for name, strength in side_adapters(side).items():
-        places = dict(o for k, (place, _) in (adapters or {}).items() for o in ((place, k), (Path(place).name, k), (k, k)))
+        places = {}
+        for own, (place, _) in (adapters or {}).items(): places |= {place: own, Path(place).name: own, own: own}
         known = name if adapters is None else places.get(name) or places.get(Path(name).name)
         if known is None: strange.append(name)
         else: found[adapter_key + known] = strength
@@ -61,7 +62,8 @@ def _read_side(side, names, adapters=None):
     values = {k: v for k, v in asdict(config).items() if k in rest}
     found, strange = _known_adapters(side, adapters)
     notes = [f'Its adapter {o[:100]!r} is not among those here, so a new run draws without it.' for o in strange]
-    if names is None or own['checkpoint'] in names and own['recipe'] in ('', *presets()): return own | values | found, notes
+    known = names is None or own['checkpoint'] in names and own['recipe'] in ('', *presets())
+    if known: return own | values | found, notes
     notes.insert(0, f'Its checkpoint {own["checkpoint"][:100]!r} is not among those here, so the chosen one stays.')
     return values | found, notes
 
@@ -74,8 +76,9 @@ def _from_sample(texts):
         value = texts[o.name]
         side[o.name] = [v.strip() for v in value.strip('()[]').split(',')] if o.count > 1 else value
     prompt = texts['prompt']
+    side |= _read_adapters(texts.get('adapter', ''))
     return dict(prompt=prompt, negative_prompt=texts.get('negative_prompt', ''), n=1, seed=texts.get('seed', 0),
-                several='\n' in prompt, size=texts.get('size', ''), sides=[side | _read_adapters(texts.get('adapter', ''))])
+                several='\n' in prompt, size=texts.get('size', ''), sides=[side])
 
 def _read_adapters(text):
     "Adapters as they stand in a file: places or names with strengths, and blanks between them."
@@ -209,7 +212,8 @@ def as_python(
     call, files = calls[s.mode]
     first = [repr(o) for o in files] + [repr(prompts[0] if len(prompts) == 1 else prompts)]
     avoid = {'negative_prompt': negative} if negative else {}
-    values = dict(n=s.n, seed=s.seed, **avoid, **_begun(side), **_changes(side), **(dict(size=s.size) if s.size else {}))
+    size = {'size': s.size} if s.size else {}
+    values = dict(n=s.n, seed=s.seed, **avoid, **_begun(side), **_changes(side), **size)
     return f'{load}\npictures = {call}({", ".join([*first, *(f"{k}={v!r}" for k, v in values.items())])})\n'
 
 # %% ../../nbs/4_use/10_widget_exchange.ipynb #54983cd2

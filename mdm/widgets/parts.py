@@ -157,7 +157,8 @@ class SideView(W.VBox):
         "The grid of level i."
         columns = n if n < 4 else math.ceil(math.sqrt(n))
         share = 2**-i/sum(2**-o for o in range(self.count))
-        style = f'--columns:{columns};--rows:{math.ceil(n/columns)};--unit:{unit}px;--share:{share:.3f};--ratio:{size[0]/size[1]:.4g}'
+        style = (f'--columns:{columns};--rows:{math.ceil(n/columns)};--unit:{unit}px;--share:{share:.3f};'
+                 f'--ratio:{size[0]/size[1]:.4g}')
         return (f'<div class="mdm-note">{size[0]} × {size[1]} pixels</div>'
                 f'<div class="mdm-grid" style="{style}">{"".join(cells)}</div>')
 

@@ -73,7 +73,8 @@ class AdapterControls(W.VBox):
         for name, (place, strength) in self.shelf.adapters.items():
             if name in self.sliders: continue
             tip = f'Strength of {place if self.shelf.any_path else name}: 0 is without it, 1 as it was trained'
-            slider = labelled(W.FloatSlider(strength, min=min(0, strength), max=max(1.5, strength), step=.05), name, tip)
+            low, high = min(0, strength), max(1.5, strength)
+            slider = labelled(W.FloatSlider(strength, min=low, max=high, step=.05), name, tip)
             slider.observe(lambda _: self.changed(), 'value')
             self.sliders[name] = slider
         typed = [box('mdm-add', self.place, self.add_button)] if self.shelf.any_path else []
@@ -191,7 +192,7 @@ class SamplerWidget(W.VBox):
         strip:int=8, # pictures of the filmstrip
         history:int=8, # runs that can be brought back
         every:float=.15, # seconds between two updates of the pictures, at least
-        adapters:list|dict|str|Path=(), # adapters to choose from: a folder with several, paths, or name -> path; a pair of a path and a strength begins with that strength
+        adapters:list|dict|str|Path=(), # adapters to choose from, see `named_adapters`: a folder, paths, or name -> path
     ): # raises FileNotFoundError or ValueError for a path without an adapter
         self.shelf, self.every = PipelineShelf(pipe, checkpoints, recipe, device, any_path, adapters), every
         self.runs, self.shown, self.count = [], None, 0           # the history; the run that is shown; runs so far
@@ -314,7 +315,8 @@ def _make_prompt_fields(self:SamplerWidget):
 def _show_hint(self:SamplerWidget):
     "Say which words the model has never seen, and what it will not read, while the prompt is typed."
     hints, pipe = [word_hint(self.prompt.value, self.words)], self.side_a.pipe
-    s = SamplerSettings(self.prompt.value, self.negative.value, self.style_.value, self.avoid.value, 1, several=self.several.value)
+    words = self.prompt.value, self.negative.value, self.style_.value, self.avoid.value
+    s = SamplerSettings(*words, n=1, several=self.several.value)
     texts = [o for k in range(s.count()) for o in s.texts(k)]
     if pipe and (cut := pipe.encoder.describe_cuts(texts)): hints.append(f'{cut[0].upper()}{cut[1:]}.')
     self.hint.value = f'<span class="mdm-note">{escape(" ".join(filter(None, hints)))}</span>'
@@ -383,7 +385,8 @@ def _make_fields(self:SamplerWidget):
 def _restored(self:SamplerWidget, settings, note):
     "Take settings that came in a file."
     self.settings = settings
-    if self._offered_size(settings.size) != self.size.value: note += f' Its size {settings.size[:20]} is not among those here.'
+    if self._offered_size(settings.size) != self.size.value:
+        note += f' Its size {settings.size[:20]} is not among those here.'
     self._say(f'The settings of the picture are in the fields. {note}')
 
 @patch
@@ -419,7 +422,8 @@ def _offered_size(self:SamplerWidget, size):
 def _choose_size(self:SamplerWidget, size):
     "Set the size; one that is not in the list joins it where any path may be typed."
     wanted = self._offered_size(size)
-    if wanted and wanted not in dict(self.size.options).values() and self.shelf.any_path and self.side_a.pipe: self._offer_sizes([wanted])
+    new = wanted and wanted not in dict(self.size.options).values()
+    if new and self.shelf.any_path and self.side_a.pipe: self._offer_sizes([wanted])
     self.size.value = wanted if wanted in [v for _, v in self.size.options] else ''
 
 # %% ../../nbs/4_use/13_sampler_widget.ipynb #9cc61f83
@@ -566,7 +570,8 @@ def _show_model(self:SamplerWidget, pipe, name):
     if self.shown: return
     row = self._first_screen(self.shelf.paths.get(name) or name, self._take_example)
     title = 'Drawn beforehand by this model' if row else 'What this model draws'
-    about = 'Press a picture to take its prompt and seed.' if row else ' and '.join(f'{w} × {h}' for w, h in level_sizes(pipe)) + ' pixels'
+    pixels = ' and '.join(f'{w} × {h}' for w, h in level_sizes(pipe)) + ' pixels'
+    about = 'Press a picture to take its prompt and seed.' if row else pixels
     screen = row or html_text(_nested_frames([w for w, _ in level_sizes(pipe)]))
     self.views.children = [box('mdm-begin', html_text(f'<h2>{title}</h2><p>{about}</p>'), screen)]
     if not self.prompt.value: self.prompt.value = row.children[0].example[0] if row else prompts[0]
@@ -579,8 +584,9 @@ def settings(self:SamplerWidget)->SamplerSettings: # what the fields contain; ra
     if vary := self.vary.value:
         one = {vary: 0., **sides[0]}                      # a strength that is 0 does not stand in it
         sides = grid_sides(one, vary, read_values(self.values_.value, one[vary]))
-    return SamplerSettings(self.prompt.value, self.negative.value, self.style_.value, self.avoid.value, self.n.value, self.seed.value,
-                           sides, several=self.several.value, vary=vary, size=self.size.value or '', **self.edit.values)
+    words = self.prompt.value, self.negative.value, self.style_.value, self.avoid.value
+    return SamplerSettings(*words, self.n.value, self.seed.value, sides, several=self.several.value, vary=vary,
+                           size=self.size.value or '', **self.edit.values)
 
 @patch(set_prop=True)
 def settings(self:SamplerWidget, s):

@@ -502,9 +502,9 @@ def adapter_places(
     return [str(o) for o in found]
 
 def named_adapters(
-    adapters:list|dict|str|Path, # a place, several places, or name -> place; a place may be a pair of a place and a strength
-)->dict[str, tuple[str, float]]: # name -> place, and the strength to begin with (0: not used); raises what `adapter_places` raises
-    "Name adapters."
+    adapters:list|dict|str|Path, # a place, several, or name -> place; each may be a pair of a place and a strength
+)->dict[str, tuple[str, float]]: # name -> place, and the strength to begin with (0: not used)
+    "Name adapters. Raises what `adapter_places` raises."
     pair = lambda o: (str(o[0]), float(o[1])) if isinstance(o, (tuple, list)) else (str(o), 0.)
     if isinstance(adapters, dict): return {name: pair(o) for name, o in adapters.items()}
     given = [adapters] if isinstance(adapters, (str, Path)) else adapters
