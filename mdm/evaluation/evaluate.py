@@ -17,9 +17,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from ..data.files import list_files, redact
 from ..diffusion.settings import SampleConfig
 from .gallery import loss_png, score_label, score_text, write_gallery
-from mdm.evaluation.judges import (
-    accuracy_scores, clip_scores, extract_features, fid_score, jackknife_error, judge_shapes, load_clip, load_extractor, open_scores,
-    score, stated_shape)
+from .judges import (
+    accuracy_scores, clip_scores, extract_features, fid_score, jackknife_error, judge_moving_shapes, judge_shapes, load_clip,
+    load_extractor, motion_scores, open_scores, score, stated_motion, stated_shape)
 from .losses import level_losses, read_pictures, summarise_losses
 from .runs import (
     claim_run, fingerprint, load_pictures, own_blocks, picture_path, read_json, run_settings, sample_missing, share_work, short_hash, wait_for)
@@ -123,18 +123,22 @@ def _measure(pipe, folder, captions, data, config, extractor, clip, progress):
 def judge_run(
     folder:str|Path, # of a run
     captions:list[str], # all of them
-)->list[dict|None]: # what each picture shows; None where the caption is not of `shapes`
-    "Look at the pictures of a run whose captions are of `shapes`."
-    found = [None]*len(captions)
-    of_shapes = [i for i, c in enumerate(captions) if stated_shape(c)]
+    frames:int=1, # of its clips; 1: it has pictures
+)->list[dict|None]: # what each picture or clip shows; None where the caption is not of `shapes`, or `moving_shapes`
+    "Look at the pictures of a run whose captions are of `shapes`, or at its clips of `moving_shapes`."
+    found, stated = [None]*len(captions), stated_shape if frames == 1 else stated_motion
+    judge = judge_shapes if frames == 1 else partial(judge_moving_shapes, frames=frames)
+    of_shapes = [i for i, c in enumerate(captions) if stated(c)]
     for k in range(0, len(of_shapes), 256):
         chunk = of_shapes[k:k + 256]
-        for i, o in zip(chunk, judge_shapes(load_pictures(folder, chunk))): found[i] = o
+        for i, o in zip(chunk, judge(load_pictures(folder, chunk))): found[i] = o
     return found
 
 def _scores(parts, found, captions, pipe):
     "All scores by name, and the losses by noise level or None."
-    scores, loss = accuracy_scores(found, captions) | open_scores(found, captions), None
+    if pipe.frames > 1: scores = motion_scores(found, captions)
+    else: scores = accuracy_scores(found, captions) | open_scores(found, captions)
+    loss = None
     if 'clip' in parts: scores['clip'] = score(parts['clip']['clip'])
     if 'real' in parts: scores['fid'] = fid_score(parts['real']['features'], parts['drawn']['features'])
     if 'loss' in parts:
@@ -170,7 +174,7 @@ def with_earlier(
 # %% ../../nbs/4_use/05_evaluate.ipynb #28ba3475
 def _results(folder, pipe, captions, data, config, settings, parts, networks):
     "What `results.json` holds."
-    found = judge_run(folder, captions)
+    found = judge_run(folder, captions, pipe.frames)
     scores, loss = _scores(parts, found, captions, pipe)
     files = data and short_hash(*((os.path.basename(o.path), o.size) for o in list_files(data)))
     judges = {k: dict(source=getattr(config, k), weights=fingerprint(net)) for k, net in networks.items()}

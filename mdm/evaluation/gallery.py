@@ -26,7 +26,8 @@ def score_label(
     kind, _, of = key.partition('.')
     if kind == 'accuracy': return 'all right and clean' if of == 'all' else f'{of} right'
     if kind == 'open': return 'left open: distance' + (' for each caption' if of else '')
-    return {'crisp': 'crispness', 'clip': 'CLIP score', 'fid': 'FID', 'loss': f'loss at {of} pixels'}[kind]
+    return {'crisp': 'crispness', 'fit': 'frames that fit the motion', 'steady': 'frames of one colour', 'clip': 'CLIP score', 'fid': 'FID',
+            'loss': f'loss at {of} pixels'}[kind]
 
 def score_text(
     key:str, # name of a score
