@@ -2,13 +2,20 @@
 import hashlib, random
 
 import numpy as np, pytest, torch
+from PIL import Image
 from mdm.data.loader import create_loader
 from mdm.data.moving_shapes import (MovingShape, agreeing_clips, all_moving_shapes, clip_sample, draw_clip, moving_attributes, moving_caption, moving_captions,
                                     parse_moving, random_clip, write_moving_shapes)
 from mdm.data.moving_shapes_judge import clip_accuracy, read_clips
 from mdm.data.shapes import draw, held_out, random_shape
 from mdm.data.stream import DataConfig
-from mdm.models.clips import from_tiles
+from mdm.evaluation.evaluate import evaluate, judge_run
+from mdm.evaluation.judges import motion_scores
+from mdm.evaluation.runs import picture_path
+from mdm.models.clips import from_tiles, to_tiles
+from mdm.models.nested_unet import create_model
+from mdm.pipeline import MDMPipeline
+from mdm.recipe import load_recipe
 
 
 def drawings(n, frames=4, size=16, seed=0, plain=False):
@@ -101,3 +108,27 @@ def test_shapes_are_drawn_as_before():
         shape, _, rng = random_shape(i % 2, i, [False, True, None][i % 3])
         return hashlib.sha256(draw(shape, [16, 32, 64][i % 3], rng, [1., .5][i % 2]).tobytes()).hexdigest()[:12]
     assert [look(i) for i in range(6)] == ['ced2dfd5bc99', '5103ae4eed5d', '35639c39d4f0', '4dc356fe8c3c', 'acc6e953b93b', '9ef66c763043']
+
+
+@pytest.fixture(scope='module')
+def clip_pipe():
+    torch.manual_seed(0)
+    small = '''model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.channels=[8,8,8] model.time_dim=16 model.inner.time_dim=16 model.inner.inner.time_dim=16
+        text.dim=16 train.bf16=false sample.steps=2 model.inner.inner.num_text_layers=0'''.split()
+    recipe = load_recipe('moving_shapes', small)
+    return MDMPipeline(create_model(recipe.model, recipe.text.dim), recipe, device='cpu')
+
+
+def test_evaluation_judges_clips(tmp_path, clip_pipe):
+    "A run of clips has the accuracy of every attribute of moving shapes, and its motion; other captions are not judged."
+    captions = ['a red circle moves left on a blue background', 'a bar turns', 'a cat']
+    results = evaluate(clip_pipe, tmp_path/'run', captions)
+    assert set(results['scores']) >= {'accuracy.colour', 'accuracy.motion', 'accuracy.all', 'fit', 'steady'}
+    assert results['found'][2] is None and results['scores']['accuracy.motion']['n'] == 2
+    assert all(f['motion'] in moving_attributes['motion'] for f in results['found'][:2])
+    for i in range(2):                                                                              # perfect clips in place of what was drawn
+        shape = MovingShape('red', 'circle', 'left', 'blue') if i == 0 else MovingShape('red', 'bar', 'turns', 'white')
+        tiles = to_tiles(torch.stack([torch.from_numpy(np.array(o)).permute(2, 0, 1) for o in draw_clip(shape, 16, 16)]))
+        Image.fromarray(tiles.permute(1, 2, 0).numpy()).save(picture_path(tmp_path/'run', i))
+    found = motion_scores(judge_run(tmp_path/'run', captions, 16), captions)
+    assert {v['value'] for k, v in found.items() if k.startswith('accuracy')} == {1.}

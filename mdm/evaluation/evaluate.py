@@ -22,7 +22,9 @@ from .distances import FEATURE_JUDGES, jackknife_error, score
 from .features import (
     check_reference, describe_extractor, extract_features, extractor_name, load_extractor, read_reference, save_reference)
 from .gallery import loss_png, score_label, score_text, write_gallery
-from .judges import accuracy_scores, clip_scores, judge_shapes, load_clip, open_scores, stated_shape
+from mdm.evaluation.judges import (
+    accuracy_scores, clip_scores, judge_moving_shapes, judge_shapes, load_clip, motion_scores, open_scores, stated_motion,
+    stated_shape)
 from .losses import level_losses, read_pictures, summarise_losses
 from .retrieval import load_retrieval, picked_right, retrieval_score
 from .runs import (
@@ -225,13 +227,15 @@ def _measure(pipe, folder, captions, data, config, features, clip, judge, progre
 def judge_run(
     folder:str|Path, # of a run
     captions:list[str], # all of them
-)->list[dict|None]: # what each picture shows; None where the caption is not of `shapes`
-    "Look at the pictures of a run whose captions are of `shapes`."
-    found = [None]*len(captions)
-    of_shapes = [i for i, c in enumerate(captions) if stated_shape(c)]
+    frames:int=1, # of its clips; 1: it has pictures
+)->list[dict|None]: # what each picture or clip shows; None where the caption is not of `shapes`, or `moving_shapes`
+    "Look at the pictures of a run whose captions are of `shapes`, or at its clips of `moving_shapes`."
+    found, stated = [None]*len(captions), stated_shape if frames == 1 else stated_motion
+    judge = judge_shapes if frames == 1 else partial(judge_moving_shapes, frames=frames)
+    of_shapes = [i for i, c in enumerate(captions) if stated(c)]
     for k in range(0, len(of_shapes), 256):
         chunk = of_shapes[k:k + 256]
-        for i, o in zip(chunk, judge_shapes(load_pictures(folder, chunk))): found[i] = o
+        for i, o in zip(chunk, judge(load_pictures(folder, chunk))): found[i] = o
     return found
 
 def _feature_scores(parts, config, about):
@@ -244,7 +248,9 @@ def _feature_scores(parts, config, about):
 
 def _scores(parts, found, captions, pipe, judge):
     "Scores by name, less those that compare features, and the losses by noise level or None."
-    scores, loss = accuracy_scores(found, captions) | open_scores(found, captions), None
+    if pipe.frames > 1: scores = motion_scores(found, captions)
+    else: scores = accuracy_scores(found, captions) | open_scores(found, captions)
+    loss = None
     if 'clip' in parts: scores['clip'] = score(parts['clip']['clip'])
     if judge: scores['retrieval'] = retrieval_score(judge, parts['retrieval']['retrieval'])
     if 'loss' in parts:
@@ -260,7 +266,7 @@ def _belongs(key, old, new):
     same_data = not (old['data'] and new['data']) or old.get('files') == new['files']
     return same_data or key in ('clip', 'retrieval')
 
-_KINDS = ('accuracy', 'crisp', 'open', 'retrieval', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'precision', 'recall', 'density',
+_KINDS = ('accuracy', 'crisp', 'fit', 'steady', 'open', 'retrieval', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'precision', 'recall', 'density',
           'coverage', 'loss')
 
 def _warnings(scores): return [*dict.fromkeys(o['warning'] for o in scores.values() if o.get('warning'))]
@@ -289,7 +295,7 @@ _SQUARES = ('the model was trained on pictures of several shapes (data.buckets),
 
 def _results(folder, pipe, captions, data, config, settings, parts, features, others):
     "What `results.json` holds; `others` are the networks of `clip` and `retrieval`."
-    found = judge_run(folder, captions)
+    found = judge_run(folder, captions, pipe.frames)
     scores, loss = _scores(parts, found, captions, pipe, others.get('retrieval'))
     compared, judges = _feature_scores(parts, config, features.about)
     scores = _in_order(scores | compared)

@@ -26,8 +26,9 @@ def score_label(
     kind, _, of = key.partition('.')
     if kind == 'accuracy': return 'all right and clean' if of == 'all' else f'{of} right'
     if kind == 'open': return 'left open: distance' + (' for each caption' if of else '')
-    names = dict(crisp='crispness', retrieval='right caption picked', clip='CLIP score', fid='FID', fd_dinov2='FD-DINOv2',
-                 kid='KID', cmmd='CMMD', loss=f'loss at {of} pixels')
+    names = dict(crisp='crispness', fit='frames that fit the motion', steady='frames of one colour',
+                 retrieval='right caption picked', clip='CLIP score', fid='FID', fd_dinov2='FD-DINOv2', kid='KID', cmmd='CMMD',
+                 loss=f'loss at {of} pixels')
     return names.get(kind, kind)                             # 'precision', 'recall', 'density' and 'coverage' are words
 
 _SHARES = 'accuracy', 'retrieval', 'precision', 'recall', 'coverage'   # scores that are given in percent
