@@ -253,7 +253,7 @@ def check_sample(
     sample:dict, # `__key__` and bytes by extension
     caption_key:str|None=None, # where captions are, as for `get_captions`
     filters:list=(), # of `Filter`s
-)->dict: # `kind` (extension of the picture, or as from `clip_kind`), `size` (width, height), `picture` (128 pixels), `frames`, `captions`, whether it is `embedded`, which filters it `meets`
+)->dict: # `kind` (as from `clip_kind`), `size`, `picture` (128 pixels), `frames`, `captions`, whether it is `embedded`, which filters it `meets`
     "Read one sample as training does. Raises `Skip` when training would skip it."
     captions = _captions_of(sample, caption_key)
     kind = next((k for k in PICTURES if k in sample), clip_kind(sample))

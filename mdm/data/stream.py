@@ -68,9 +68,6 @@ class DataConfig(CaptionConfig):
              'change the captions: stored embeddings are those of the captions as they are (see mdm_dataset embed)'),
             *self._filter_rules(),
             (self.image_size < 1, 'image_size', 'a number above 0'),
-            (self.frames < 1 or math.isqrt(self.frames)**2 != self.frames, 'frames',
-             'a square number, such as 4 or 16, so that the frames tile a square; or 1 for pictures'),
-            (self.frames > 1 and bool(self.buckets), 'buckets', '[]: with {place}.frames above 1, all clips have one size'),
             (self.workers < 0, 'workers', '0 or more'),
             (self.shuffle < 0, 'shuffle', '0 or more'),
             (self.shuffle_mb <= 0, 'shuffle_mb', 'a number above 0'),
@@ -102,7 +99,10 @@ def _bucket_rules(c):
 def _clip_rules(c):
     "Rules about the frames of clips."
     rate = c.frame_rate
-    return [(rate is not None and not 0 < rate < math.inf, 'frame_rate', 'a number above 0, or null'),
+    return [(c.frames < 1 or math.isqrt(c.frames)**2 != c.frames, 'frames',
+             'a square number, such as 4 or 16, so that the frames tile a square; or 1 for pictures'),
+            (c.frames > 1 and bool(c.buckets), 'buckets', '[]: with {place}.frames above 1, all clips have one size'),
+            (rate is not None and not 0 < rate < math.inf, 'frame_rate', 'a number above 0, or null'),
             (rate is not None and c.frames == 1, 'frame_rate', 'null: only clips ({place}.frames above 1) have a rate'),
             (c.flip and c.frames > 1, 'flip', 'false: clips ({place}.frames above 1) are not mirrored')]
 
