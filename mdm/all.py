@@ -9,11 +9,12 @@ __all__ = []
 from .diffusion.schedule import add_noise, from_x0, make_gammas, shift_gammas, to_x0
 from .models.unet import UNet, UNetConfig
 from .models.nested_unet import NestedUNet, NestedUNetConfig, create_model, model_scales
+from .models.clips import ClipUNet, ClipUNetConfig, for_animate, from_tiles, to_tiles
 from .diffusion.objective import Diffusion, DiffusionConfig, flow_velocity, read_as
 from .diffusion.settings import SampleConfig
 from .diffusion.sampler import sample, sample_steps
-from .text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder
-from .utils.pictures import contact_sheet, from_pil, pixels_to_signal, signal_to_pixels, to_pil
+from .text import ClassEncoder, HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder
+from .utils.pictures import Clip, contact_sheet, from_pil, pixels_to_signal, signal_to_pixels, to_pil
 
 # %% ../nbs/5_edges/12_all.ipynb #1c789b2f
 from .data.shapes import Shape, parse_caption, shapes_captions, write_shapes
@@ -25,6 +26,8 @@ from .data.shards import write_folder
 from .data.inspect import inspect_shards, split_shards
 from .data.urls import write_urls
 from .data.parquet import write_parquet
+from .data.emoji import list_emoji, write_emoji
+from .data.classes import with_classes
 from .data.embeddings import PrecomputedText, create_encoder_for, embed_shards
 
 # %% ../nbs/5_edges/12_all.ipynb #35b8e5d1
@@ -49,6 +52,7 @@ from .evaluation.judges import clip_scores
 from .evaluation.losses import level_losses
 from .evaluation.evaluate import EvaluateConfig, compare_runs, evaluate
 from .evaluation.sweep import sweep
+from .evaluation.retrieval import load_retrieval, train_retrieval
 from .reference.checkpoints import load_released
 from .cli.dataset import mdm_dataset
 from .cli.train import mdm_train

@@ -10,7 +10,7 @@ __all__ = ['PICTURE_NUMBERS', 'SIGNS', 'SIDED', 'Filter', 'read_filter', 'pictur
 import json, math, operator, re
 from dataclasses import dataclass
 import numpy as np
-from .samples import BAD_PICTURE, NO_PICTURE, PICTURES, Skip, explain_kind, open_clip, open_image
+from .samples import BAD_PICTURE, PICTURES, Skip, explain_kind, open_clip, open_image
 
 # %% ../../nbs/2_data/04_filters.ipynb #cd423227
 PICTURE_NUMBERS = dict(                                      # name -> its function of width and height

@@ -9,7 +9,6 @@ __all__ = ['list_snapshots', 'profile_products', 'nearest_combination', 'reconst
 import re
 from pathlib import Path
 import numpy as np
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from ..checkpoint import save_checkpoint

@@ -9,13 +9,12 @@ __all__ = ['tile', 'enlarge', 'side_by_side', 'labelled_sheet', 'film_pictures',
 # %% ../../nbs/4_use/08_widget_drawing.ipynb #31811715
 import base64, math
 from html import escape
-from io import BytesIO
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from ..diffusion.objective import Diffusion
-from ..utils.pictures import contact_sheet, gif_bytes, mp4_bytes, png_bytes
+from ..utils.pictures import contact_sheet, gif_bytes, png_bytes
 from .state import Side, path_moments
 
 # %% ../../nbs/4_use/08_widget_drawing.ipynb #23183bc5
