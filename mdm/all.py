@@ -19,6 +19,8 @@ from .utils.pictures import Clip, contact_sheet, from_pil, pixels_to_signal, sig
 # %% ../nbs/5_edges/12_all.ipynb #1c789b2f
 from .data.shapes import Shape, parse_caption, shapes_captions, write_shapes
 from .data.shapes_judge import judge, prompt_accuracy, shapes_report
+from .data.moving_shapes import MovingShape, draw_clip, moving_captions, write_moving_shapes
+from .data.moving_shapes_judge import clip_accuracy, read_clips
 from .data.files import download, find_files
 from .data.stream import DataConfig
 from .data.loader import create_dls, create_loader
