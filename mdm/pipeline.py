@@ -312,14 +312,14 @@ def fitting(self:MDMPipeline,
 @patch
 @delegates(MDMPipeline.__call__, but='given')
 def upscale(self:MDMPipeline,
-    picture:Image.Image|str|Path, # a picture as large as an inner network's (e.g. 64 or 256 pixels for 1024), or its file
+    picture:Image.Image|Clip|str|Path, # a picture or clip as large as an inner network's (e.g. 64 or 256 pixels for 1024), or its file
     prompt:str|list[str]='', # what it shows
     size:str|tuple[int, int]|None=None, # of the large picture, as for `picture_size`
     **kwargs, # for the pipeline
 )->list: # as of the pipeline; raises ValueError for a picture of another size
     "Draw a small picture larger: give it to the inner network while the outer ones are sampled."
     height, width = (o*self.tiling for o in self.picture_size(size)[::-1])
-    given = for_upscale(from_pil(picture), (height, width), self.model.scales)
+    given = for_upscale(from_pil(getattr(picture, 'tiles', picture)), (height, width), self.model.scales)
     return self(prompt, given=given, size=size, **kwargs)
 
 # %% ../nbs/3_training/03_pipeline.ipynb #4550663d

@@ -260,6 +260,7 @@ def check_class_data(
 )->list[str]: # lines for `RecipeError`
     "Classes are not captions that could be chosen, changed or embedded beforehand."
     if text.encoder != 'classes': return []
+    if data.frames > 1: return [_line('data.frames', data.frames, '1 with text.encoder = classes: classes are of pictures')]
     usual, names = DataConfig(), ('caption_key', 'caption_template', 'tag_shuffle', 'tag_dropout', 'embeddings')
     return [_line(f'data.{k}', getattr(data, k), f'{getattr(usual, k)!r} with text.encoder = classes')
             for k in names if getattr(data, k) != getattr(usual, k)]

@@ -143,9 +143,12 @@ def offered_adapters(
 )->dict[str, tuple[str, float]]: # name on the page -> full path, and strength to begin with
     "Name the adapters of a command line. Raises FileNotFoundError or ValueError."
     if not wishes: return {}
+    from mdm.checkpoint import find_model
+    from mdm.utils.hub import pinned_name
     from mdm.widgets.state import named_adapters
     found = named_adapters([read_adapter_wish(o) for o in wishes])
-    return {name: (str(Path(place).resolve()), strength) for name, (place, strength) in found.items()}
+    full = lambda place: pinned_name(find_model(place)) or str(Path(place).resolve())
+    return {name: (full(place), strength) for name, (place, strength) in found.items()}
 
 # %% ../../nbs/5_edges/11_app.ipynb #b14ee1ca
 def is_local(

@@ -51,7 +51,8 @@ def _share_command(
     from mdm.share.card import write_shared
     from mdm.share.push import push_folder
     from mdm.share.settings import CardConfig
-    if Path(args.dst).suffix == '.pth': raise ValueError(f'--card writes a folder, and {args.dst} is the name of a file')
+    if Path(args.dst).suffix in ('.pth', *_exports): raise ValueError(f'--card writes a folder, and {args.dst} is the name of a file')
+    _refuse_export_flags(args, ('batch', 'tokens', 'size', 'prompt'))
     check_nothing_lost(args.dst)
     check_output(args.dst)
     if args.verify: verify_checkpoints(args.src)
@@ -78,10 +79,12 @@ def _add_export_flags(parser):
 
 def _export_options(args):
     "The flags of an export that were given. Raises ValueError where nothing is exported."
-    given = {k: v for k in _export_flags if (v := getattr(args, k)) is not None}
-    if given and Path(args.dst).suffix not in _exports:
-        raise ValueError(f'--{next(iter(given))} is for exported networks: let DST end in {" or ".join(_exports)}')
-    return given
+    if Path(args.dst).suffix not in _exports: _refuse_export_flags(args, _export_flags)
+    return {k: v for k in _export_flags if (v := getattr(args, k)) is not None}
+
+def _refuse_export_flags(args, names):
+    given = next((k for k in names if getattr(args, k) is not None), None)
+    if given: raise ValueError(f'--{given} is for exported networks: let DST end in {" or ".join(_exports)}, without --card')
 
 def _export_command(args):
     "Export the networks, compare the file with them, and print where it is."
@@ -92,7 +95,7 @@ def _export_command(args):
     wishes, dst = _export_options(args), Path(args.dst)
     prompts, there = wishes.pop('prompt', None), dst.with_suffix('.safetensors')
     if prompts: check_nothing_lost(there)
-    model, recipe = load_model(args.src, args.recipe)
+    model, recipe = load_model(args.src, args.recipe, ema=args.ema)
     pipe = MDMPipeline(model, recipe, None if prompts else TextEncoder(recipe.text), 'cpu', bf16=False)
     files = export_network(pipe, dst, **wishes)['files']
     print(*(dst.with_name(o) for o in files), dst.with_suffix('.json'), sep='\n')

@@ -69,9 +69,8 @@ def has_classes(
     checkpoint:str, # as a command gets it
 )->bool:
     "Is it a checkpoint folder of a model of classes?"
-    from mdm.checkpoint import load_checkpoint
-    from mdm.utils.files import readable
-    try: return readable(checkpoint).is_dir() and bool(load_checkpoint(checkpoint).recipe.text.classes)
+    from mdm.checkpoint import find_model, load_checkpoint
+    try: return find_model(checkpoint).is_dir() and bool(load_checkpoint(checkpoint).recipe.text.classes)
     except (OSError, ValueError): return False                 # what is wrong is said when the model is loaded
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #a683c0a1

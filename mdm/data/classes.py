@@ -15,7 +15,7 @@ from ..utils.class_names import ClassNames, moved_names
 _more_names = {'Cardigan': 'Cardigan Welsh corgi', 'Pembroke': 'Pembroke Welsh corgi', 'cardigan': 'cardigan sweater'}
 
 def imagenet_names()->list[str]: # 1000 entries, in the order of the classes' numbers
-    "The names of ImageNet's classes, from torchvision; a Cardigan is a dog there, and a cardigan is not."
+    "The names of ImageNet's classes, from torchvision. Two classes are called cardigan, a dog and a garment; each gets a second name."
     from torchvision.models import ResNet18_Weights
     names = ResNet18_Weights.DEFAULT.meta['categories']
     return [f'{o}, {_more_names[o]}' if o in _more_names else o for o in names]

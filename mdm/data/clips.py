@@ -96,8 +96,9 @@ def open_numbered(
             try: frame = opener(pictures[i])
             except Exception as e: raise ClipError(BAD_CLIP) from e
             if frame.width*frame.height > MOST_PIXELS: raise ClipError(HUGE_CLIP)
-            try: yield to_rgb(frame)
-            except OSError as e: raise ClipError(BAD_CLIP) from e
+            try: frame.load()
+            except Exception as e: raise ClipError(BAD_CLIP) from e  # decoders fail in many ways
+            yield to_rgb(frame)
     return Clip([i/rate for i in range(len(pictures))], len(pictures)/rate, 1/rate, size, read)
 
 # %% ../../nbs/0_ground/13_clips.ipynb #6b9bfce7

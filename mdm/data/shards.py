@@ -568,12 +568,13 @@ def class_sample(
     text, # a `Skip` is raised; captions are not used
     names:list[str], # from `class_folders`
     resize:int|None=None, # as in `prepare_picture`
+    facts:dict|None=None, # as for `folder_sample`
 )->dict: # `__key__`, and bytes by extension
     "Make a sample of a picture in the folder of its class. Raises `Skip` when it cannot be used."
     if isinstance(text, Skip): raise text
     name, slash, _ = file.partition('/')
     if not slash: raise Skip(NO_FOLDER)
-    return {**folder_sample(folder, file, name.replace('_', ' '), resize), 'cls': str(names.index(name)).encode()}
+    return {**folder_sample(folder, file, name.replace('_', ' '), resize, facts=facts), 'cls': str(names.index(name)).encode()}
 
 # %% ../../nbs/2_data/08_shards.ipynb #6f8829ab
 def refuse_empty(
@@ -631,7 +632,8 @@ def _sample_maker(pictures, items, config, facts):
     "A function from a pair (path, captions) to a sample or `Skip`, and what else the manifest says."
     if config.classes:
         names = class_folders(items)
-        return lambda item: result_or_skip(class_sample, pictures, *item, names, config.resize), {'classes': names}
+        make = lambda item: result_or_skip(class_sample, pictures, *item, names, config.resize, facts.get(item[0]))
+        return make, {'classes': names}
     make = lambda item: result_or_skip(folder_sample, pictures, *item, config.resize, config.caption_key, config.caption_lines,
                                        config.caption_names, config.clips, facts.get(item[0]))
     return make, {}

@@ -85,6 +85,8 @@ def _check(pipe, captions, data, config):
     if config.sources and not data and not config.reference:
         names = ', '.join(map(_judge_label, config.sources))
         raise ValueError(f'{names} compares with real pictures: give shards of them as data, or a reference made before')
+    if pipe.frames > 1 and (config.clip or config.retrieval):
+        raise ValueError('CLIP score and retrieval judge pictures, and this model draws clips: leave them out')
     most = pipe.diffusion.config.num_steps
     if data and config.loss_pictures and config.levels > most:
         raise ValueError(f'levels is {config.levels}, but the model has {most} diffusion steps')
@@ -145,6 +147,7 @@ def reference_facts(
     files = data and short_hash(*((os.path.basename(o.path), o.size) for o in list_files(data)))
     facts = dict(weights=extractor['weights'], preprocessing=extractor['preprocessing'], size=c.image_size, files=files or None,
                  filters=c.filters, caption_key=c.caption_key)
+    if c.frames > 1: facts |= dict(frames=c.frames, frame_rate=c.frame_rate)
     return json.loads(json.dumps(facts))
 
 # %% ../../nbs/4_use/08_evaluate.ipynb #4455272d

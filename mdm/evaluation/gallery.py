@@ -13,7 +13,6 @@ from pathlib import Path
 import jinja2
 import matplotlib.pyplot as plt
 from PIL import Image
-from ..data.shapes import attributes
 from .losses import plot_losses
 from .runs import picture_path
 from ..utils.files import atomic_write
@@ -98,7 +97,8 @@ def _mark(results, key, i):
 def _picture(letter, folder, results, i):
     "What the template shows of one picture."
     scores, found = results['scores'], results['found'][i]
-    wrong = [f'{k} ({found[k]})' for k in attributes if found and _mark(results, f'accuracy.{k}', i) == 0]
+    judged = [k.removeprefix('accuracy.') for k in scores if k.startswith('accuracy.')]
+    wrong = [f'{k} ({found[k]})' for k in judged if found and k in found and _mark(results, f'accuracy.{k}', i) == 0]
     clip = scores['clip']['values'][i] if 'clip' in scores else None
     return dict(letter=letter, uri=picture_uri(picture_path(folder, i)), wrong=', '.join(wrong), clip=clip)
 

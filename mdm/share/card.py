@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2, yaml
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..models.adapters import import_peft
+from ..models.clips import resolution_names
 from ..models.nested_unet import NestedUNetConfig
 from ..models.unet import UNetConfig
 from ..pipeline import MDMPipeline
@@ -110,10 +111,10 @@ def setting_rows(
 )->list[tuple[str, str]]: # what, and its value
     "List the settings that a user of a model asks for."
     r, t, s = pipe.recipe, pipe.recipe.train, pipe.recipe.sample
-    sizes = [r.data.image_size*o//pipe.model.scales[0] for o in pipe.model.scales]
+    sizes = resolution_names(r.data.side, pipe.model.scales)
     millions = sum(o.numel() for o in pipe.model.parameters())/1e6
     batch = t.batch_size*t.accumulate
-    rows = [('resolutions', ', '.join(f'{o} × {o}' for o in sizes) + ' pixels'), ('parameters', f'{millions:.1f} million'),
+    rows = [('resolutions', ', '.join(f'{o} × {o.split()[-1]}' for o in sizes) + ' pixels'), ('parameters', f'{millions:.1f} million'),
             ('text encoder', r.text.encoder), ('diffusion', f'{r.diffusion.num_steps} steps, schedule {r.diffusion.schedule}, '
              f'predicts {r.diffusion.prediction}'), ('sampling', f'{s.steps} steps of {s.solver}, guidance {s.guidance:g}')]
     if step: rows.append(('training', f'{step:,} steps of {batch:,} pictures per process ({step*batch:,} pictures)'))
@@ -141,7 +142,7 @@ def card_text(
     text = _template().render(
         title=config.title or pipe.recipe.name, config=config, settings=setting_rows(pipe, step), tables=tables,
         examples=examples, repo=repo or 'OWNER/NAME', base=base, distill=pipe.recipe.distill,
-        prompt=(examples[0][1] if examples else 'a prompt'))
+        prompt=(examples[0][1] if examples else pipe.encoder.classes.labels[0] if pipe.recipe.text.classes else 'a prompt'))
     yaml_text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
     return f'---\n{yaml_text}---\n\n{text.strip()}\n'
 
@@ -179,6 +180,7 @@ def write_shared(
     head, step = card_head(recipe, config, adapter, examples), origin and origin.step
     base = recipe.finetune.checkpoint if adapter else ''
     texts = {'LICENSE': licence, 'README.md': card_text(head, pipe, config, step, tables, examples, repo, base)}
+    examples = [(getattr(o, 'tiles', o), p, seed) for o, p, seed in examples]        # a clip as its tiles
     pictures = {f'example_{k}.png': png_bytes(o, prompt=p, seed=seed) for k, (o, p, seed) in enumerate(examples, 1)}
     if examples:
         sheet = contact_sheet([o[0] for o in examples], [f'{p} (seed {seed})' for _, p, seed in examples], columns=4)

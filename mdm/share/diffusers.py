@@ -37,7 +37,8 @@ from ..diffusion.objective import Diffusion, DiffusionConfig
 from ..diffusion.sampler import Given, Sampling, scale_sizes, step_pairs
 from ..diffusion.settings import SampleConfig
 from ..diffusion.solvers import threshold
-from ..models.nested_unet import create_model
+from ..models.clips import scale_frames
+from ..models.nested_unet import create_model, model_scales
 from ..pipeline import MDMPipeline
 from ..recipe import Recipe, build_recipe, read_model, recipe_dict, valid_keys
 from ..text import HashEncoder, HFEncoder, TextConfig, TextEncoder, create_text_encoder, round_up_tokens
@@ -46,6 +47,10 @@ from ..utils.files import atomic_write
 from ..utils.pictures import to_pil
 
 # %% ../../nbs/4_use/20_diffusers.ipynb #6b36474f
+def _refuse_clips(recipe):
+    if scale_frames(model_scales(recipe.model)[0]) > 1:
+        raise ValueError(f'{recipe.name} draws clips, and the pipeline for diffusers draws pictures only')
+
 class MDMUNet(ModelMixin, ConfigMixin):
     "A network of this library as a model of diffusers; the names of its weights stay."
     @register_to_config
@@ -76,7 +81,8 @@ def from_mdm(cls:MDMUNet,
     net:nn.Module, # a `UNet` or `NestedUNet`
     recipe:Recipe, # how it was trained
 )->MDMUNet: # with the same weights, not copied
-    "Make a component of a network."
+    "Make a component of a network. Raises `ValueError` for a network of clips."
+    _refuse_clips(recipe)
     values = recipe_dict(recipe)
     with torch.device('meta'):
         unet = cls(values['model'], text_width(recipe.model, net.state_dict()), values['diffusion'], recipe.data.image_size)
@@ -308,6 +314,7 @@ class HashTextEncoder(ModelMixin, ConfigMixin):
 # %% ../../nbs/4_use/20_diffusers.ipynb #b9dba92d
 class MDMDiffusionPipeline(DiffusionPipeline):
     "Prompt in, pictures out, as diffusers does it."
+    tiling = 1                                               # frames side by side in a picture: none, these are no clips
     model_cpu_offload_seq = 'text_encoder->unet'
     _optional_components = ['text_encoder', 'tokenizer']
     _callback_tensor_inputs = ['latents', 'inner_latents', 'pred_original_sample', 'prompt_embeds', 'prompt_attention_mask',
@@ -413,8 +420,9 @@ def encode_prompt(self:MDMDiffusionPipeline,
 )->tuple[Tensor, Tensor]: # embeddings [B,T,D] and mask [B,T], on the device where the pipeline computes
     "Encode prompts."
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    found = self._text()([p for p in prompts for _ in range(num_images_per_prompt)])
-    return round_up_tokens(*found) if self.autocasts else found
+    encoder = self._text()
+    found = encoder([p for p in prompts for _ in range(num_images_per_prompt)])
+    return round_up_tokens(*found) if self.autocasts and not encoder.one_token else found
 
 # %% ../../nbs/4_use/20_diffusers.ipynb #4eabc7b8
 @patch
@@ -664,6 +672,7 @@ def add_model_index(
     folder, recipe = checkpoint.folder, checkpoint.recipe
     if (folder/'adapter_config.json').is_file():
         raise ValueError(f'{folder} is an adapter without the model that it changes: to_diffusers writes both together')
+    _refuse_clips(recipe)
     width, values = text_width(recipe.model, checkpoint.weights()), recipe_dict(recipe)
     with torch.device('meta'): unet = MDMUNet(values['model'], width, values['diffusion'], recipe.data.image_size)
     unet.save_config(folder)

@@ -41,7 +41,7 @@ def example_inputs(
     size:str|tuple[int, int]|None=None, # of the pictures, e.g. '64x32'; None: the recipe's square
 )->dict[str, Tensor]: # input name -> tensor, in the order of the call; raises ValueError for an impossible size
     "Make inputs for one call of the networks."
-    width, height = pipe.picture_size(size)
+    width, height = (o*pipe.tiling for o in pipe.picture_size(size))
     draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     found = {f'x_{w}x{h}': draw(batch, 3, h, w) for h, w in scale_sizes((height, width), pipe.model.scales)}
     n, dim = pipe.recipe.diffusion.num_steps, text_width(pipe.recipe.model, pipe.model.state_dict())
@@ -129,6 +129,9 @@ _hash = [
 
 def _text(config):
     "The text encoder, for the JSON file."
+    if config.encoder == 'classes':
+        how = 'one token: zeros, but for the square root of its width in place k + 1 for class k, or in place 0 for no class'
+        return asdict(config) | dict(how=[how, _hash[-1]])
     if config.encoder != 'hash':
         return asdict(config) | dict(how=['last hidden states of this Hugging Face encoder, end-of-sequence token included',
                                           _hash[-1]])
@@ -152,7 +155,7 @@ def describe_export(
                for row in rows[:len(names)]]
     levels = [dict(input=k, height=inputs[k].shape[2], width=inputs[k].shape[3], signal=float(signal), gammas=gammas.tolist())
               for k, signal, gammas in zip(names, diffusion.signal, diffusion.gammas)]
-    return dict(model=r.name, version=mdm.__version__, torch=torch.__version__, inputs=rows, outputs=outputs,
+    return dict(model=r.name, version=mdm.__version__, torch=torch.__version__, frames=pipe.frames, inputs=rows, outputs=outputs,
                 num_steps=r.diffusion.num_steps, prediction=r.diffusion.prediction, output_scale=r.diffusion.output_scale,
                 formulas=_formulas(r.diffusion), sample=asdict(r.sample), text=_text(r.text), resolutions=levels)
 

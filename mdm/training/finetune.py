@@ -71,7 +71,8 @@ def prior_samples(
     batch_size:int=16, # pictures at a time
     start:int=0, # first prompt to draw
 )->Iterator[dict]: # samples: `__key__`, and bytes by extension
-    "Draw pictures of prompts as samples of a shard."
+    "Draw pictures of prompts as samples of a shard. Raises `ValueError` for a model of clips."
+    if pipe.frames > 1: raise ValueError('this model draws clips; only pictures are drawn to train on beside new ones')
     for i in range(start, len(prompts), batch_size):
         words = prompts[i:i + batch_size]
         for k, picture in enumerate(pipe(words, n=1, seed=seed + i, batch_size=batch_size), i):

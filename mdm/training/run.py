@@ -47,7 +47,7 @@ def earlier_run(
     for log in (folder/'log.csv', folder/'valid.csv'):
         if log.is_file() and len(log.read_text(encoding='utf-8', errors='replace').splitlines()) > 1: logs.append(log)
     checkpoints = [*sorted(folder.glob(f'step_{number}')), *folder.glob(f'.step_{number}.*')]
-    return [*checkpoints, *folder.glob(f'previews/step_{number}.png'), *logs]
+    return [*checkpoints, *folder.glob(f'previews/step_{number}.*'), *logs]
 
 def remove_earlier_run(
     folder:Path, # output folder of a training

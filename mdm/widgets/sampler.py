@@ -18,7 +18,8 @@ from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.configs import options
 from ..utils.files import presets
-from .drawing import download_link, film, film_pictures, logsnr_svg, mp4_bytes
+from ..utils.pictures import mp4_bytes
+from .drawing import download_link, film, film_pictures, logsnr_svg
 from .editing import EditPanel, SettingsDrop
 from .exchange import how_again, result_files, results_zip
 from .fields import checked_int, copy_box, has_scripts, scripted

@@ -613,6 +613,7 @@ def add_adapters(self:PipelineShelf,
     path:str, # as it was typed: an adapter, or a folder with several
 )->list[str]: # the names; raises FileNotFoundError or ValueError
     "Put the adapters of a place on the shelf."
+    if not self.any_path: raise ValueError('This page offers its own adapters only.')
     if not path: raise ValueError('Write the folder of an adapter first.')
     known, names = {place: name for name, (place, _) in self.adapters.items()}, []
     for place in adapter_places(path):
