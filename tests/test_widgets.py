@@ -1,5 +1,5 @@
 "The sampler widget without a browser: settings, the thread, Stop, errors, history, downloads."
-import base64, json, re, shutil, subprocess, sys, threading, time, zipfile
+import base64, json, re, shlex, shutil, subprocess, sys, threading, time, zipfile
 from copy import deepcopy
 from dataclasses import replace
 from html import unescape
@@ -480,3 +480,90 @@ def test_a_prompt_that_is_too_long_is_told_while_it_is_typed(pipe):
     w.prompt.value = 'a ring'; w.negative.value = 'fog, ' * 120; assert 'longer than' in w.hint.value
     w.negative.value = ''; assert 'longer' not in w.hint.value
     w.prompt.value = '<b>' + 'red '*100 + '\n' + 'blue '*30; w.several.value = True; assert 'longer' not in w.hint.value or '<b>' not in w.hint.value
+
+# ---- clips
+
+@pytest.fixture(scope='module')
+def mover():
+    "A random model of clips: 16 frames of 8 pixels around 4 around 1."
+    nest = [f'model.{"inner."*k}{o}' for k in range(3) for o in ('num_groups=4', 'time_dim=16')]
+    recipe = load_recipe('moving_shapes', [*nest, *'model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.channels=[8,8] model.inner.inner.num_resnets=[1,1] model.inner.inner.num_attention_layers=[0,1]'.split(),
+        'model.inner.inner.num_text_layers=0', 'text.dim=8', 'data.image_size=8', 'train.bf16=false', 'sample.steps=3'])
+    torch.manual_seed(0)
+    return MDMPipeline(create_model(recipe.model, 8), recipe, device='cpu')
+
+@pytest.fixture(scope='module')
+def clip_folder(mover, tmp_path_factory): return str(save_checkpoint(tmp_path_factory.mktemp('clips')/'c', mover.recipe, mover.model.state_dict()))
+
+def films(html): return [Image.open(BytesIO(base64.b64decode(o))) for o in re.findall(r'src="data:image/webp;base64,([^"]+)"', html)]
+def pixels(frames): return [o.tobytes() for o in frames]
+
+def test_clips_play_and_are_those_of_the_pipeline(mover):
+    w = ready(mover)
+    assert '16 frames of 8 × 8 and 4 frames of 8 × 8 and 8 × 8 pixels' in w.views.children[0].children[0].value and [o for _, o in w.edit.mode.options][-1] == 'animate'
+    w = run(w, n=2, seed=3, prompt='a red circle moves')
+    expected = mover('a red circle moves', n=2, seed=3)
+    assert [pixels(o.frames) for o in w.runs[0].sides[0].shown()] == [pixels(o.frames) for o in expected]
+    top, middle, inner = (o.value for o in w.views.children[0].levels)
+    assert [len(films(o)) for o in (top, middle, inner)] == [4, 4, 0] and [o.n_frames for o in films(top) + films(middle)] == [16]*4 + [4]*4      # small and large
+    assert '16 frames of 8 × 8 pixels' in top and top.count('type="radio"') == 2*17 and 'radio' not in inner
+    assert len(films(w.past[0].image.value)) == 1 and '16 frames of 8' in w.plot.value                                                             # history and legend
+    w.scrub.value = 0
+    assert len(films(w.views.children[0].levels[0].value)) == 4 and w.runs[0].sides[0].frames[0].x[0].shape == (2, 32, 32, 3)                      # the path plays, too
+    w.scrub.value = w.scrub.max
+    files = links(w)
+    assert {'mdm_seed3.png', 'mdm_seed3.gif', 'mdm_seed3.webp', 'mdm_seed4.gif', 'mdm_seed3_sheet.png'} <= files.keys() and Image.open(BytesIO(files['mdm_seed3.png'])).size == (32, 32)
+    back, note = read_settings(files['mdm_seed4.png'])
+    assert back == w.runs[0].settings and not note
+
+def test_films_of_a_run_of_clips(mover, pipe):
+    w = run(ready(mover), n=1, seed=5)
+    for button, kind in ((w.gif_button, 'gif'), (w.webp_button, 'webp'), (w.mp4_button, 'mp4')):
+        button.click(); assert not w.error.value, w.error.value
+        data = links(w)[f'mdm_seed5.{kind}']
+        assert data[4:8] == b'ftyp' if kind == 'mp4' else Image.open(BytesIO(data)).n_frames == 16
+    w.zip_button.click()
+    packed = zipfile.ZipFile(BytesIO(links(w)['mdm_seed5.zip']))
+    assert {'mdm_seed5.gif', 'mdm_seed5_sheet.gif', 'mdm_seed5.png', 'command.txt'} <= set(packed.namelist()) and Image.open(packed.open('mdm_seed5.gif')).n_frames == 16
+
+def test_clips_beside_pictures(mover, clip_folder):
+    "A grid over steps, and a comparison of clips with a model of pictures."
+    w = ready(mover)
+    w.vary.value = 'steps'; w.values_.value = '1, 2'
+    run(w, n=1); w.zip_button.click(); w.gif_button.click()
+    assert len(w.views.children) == 2 and not w.error.value and all(len(films(o.levels[0].value)) == 2 for o in w.views.children)
+    w = ready(clip_folder, checkpoints=['shapes'])
+    w.compare.value = True; w.side_b.checkpoint.value = 'shapes'; w.wait(60)
+    for o in (w.side_a, w.side_b): o.sampling['steps'].value = 1
+    run(w, n=1); w.webp_button.click()
+    assert not w.error.value and [len(films(o.levels[0].value)) for o in w.views.children] == [2, 0] and [len(o.levels) for o in w.views.children] == [3, 2]
+
+def test_a_clip_begins_with_a_picture_or_a_clip(mover, clip_folder, tmp_path, monkeypatch):
+    "Animate, change and fill in, from a file and from a result; the command line and the settings in the file give the same clip."
+    w = ready(clip_folder)
+    run(w, n=1, seed=1, prompt='a ring moves'); w._use('0-0-0')
+    first = w.runs[0].sides[0].shown()[0]
+    assert w.edit.mode.value == 'change' and w.edit.picture.tobytes() == first.tiles.tobytes()
+    changed = run(w).runs[0].sides[0].shown()[0]
+    assert pixels(changed.frames) == pixels(mover.img2img(first, 'a ring moves', n=1, seed=1)[0].frames)
+    w.edit.mode.value = 'fill in'; half = Image.new('L', (32, 32)); half.paste(255, (0, 16, 32, 32)); w.edit.brush.paint(png_bytes(half))
+    filled = run(w).runs[0].sides[0].shown()[0]
+    assert pixels(filled.frames[:8]) == pixels(first.frames[:8]) and pixels(filled.frames) == pixels(mover.inpaint(first, half, 'a ring moves', n=1, seed=1)[0].frames)
+    w.edit.mode.value = 'animate'; w.edit._taken('a.png', png_bytes(Image.new('RGB', (20, 20), (255, 127, 3))))
+    drawn = run(w).runs[0].sides[0].shown()[0]
+    assert drawn.frames[0].getpixel((4, 4)) == (255, 127, 3) and pixels(drawn.frames) == pixels(mover.animate(w.edit.picture, 'a ring moves', n=1, seed=1)[0].frames)
+    monkeypatch.chdir(tmp_path); w.edit.picture.save('picture.png')
+    command = re.search(r'mdm_sample [^<]*', unescape(w.copy.value)).group().split('\n')[0]
+    assert '--animate picture.png' in command and '--film gif' in command and 'pipe.animate' in w.copy.value
+    assert mdm_sample([*shlex.split(command)[1:], '--output', 'out', '--device', 'cpu']) == 0
+    again = Path('out/0001/000_seed1.png')
+    assert Image.open(again).tobytes() == drawn.tiles.tobytes() and again.with_suffix('.gif').exists()
+    back, _ = read_settings(links(w)['mdm_seed1.png'])
+    other = ready(clip_folder); other.settings = back
+    assert other.edit.mode.value == 'animate' and other.edit.picture.tobytes() == w.edit.picture.tobytes()
+    assert 'choose it again' in read_settings(again.read_bytes())[1]
+
+def test_a_model_of_pictures_animates_nothing(pipe):
+    w = ready(pipe)
+    w.edit.values = dict(mode='animate', picture=w.edit.values.get('picture') or base64.b64encode(png_bytes(Image.new('RGB', (8, 8)))).decode())
+    assert 'choose a model of clips' in run(w).error.value

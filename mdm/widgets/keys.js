@@ -25,7 +25,7 @@ function render({ model, el }) {
   const press = e => {
     const open = root() && root().querySelector('[popover]:popover-open');
     const by = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
-    if (open && by) { e.preventDefault(); return turn(open, by); }
+    if (open && by && e.target.type != 'radio') { e.preventDefault(); return turn(open, by); }
     if (e.key != 'Enter' || !(e.ctrlKey || e.metaKey) || !root() || !root().contains(e.target)) return;
     e.preventDefault();
     e.stopPropagation();

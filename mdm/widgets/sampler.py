@@ -18,16 +18,16 @@ from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.configs import options
 from ..utils.files import presets
-from ..utils.pictures import mp4_bytes
-from .drawing import download_link, film, film_pictures, logsnr_svg
+from ..utils.pictures import gif_bytes, mp4_bytes
+from .drawing import download_link, film_pictures, logsnr_svg, moving_sheet
 from .editing import EditPanel, SettingsDrop
-from .exchange import how_again, result_files, results_zip
+from .exchange import how_again, moves, result_files, results_zip
 from .fields import checked_int, copy_box, has_scripts, scripted
 from .parts import Card, Fold, SideView, box, classed, example_pictures, html_text, labelled, style_sheet
 from ..utils.sizes import read_size, size_text
 from .state import PipelineShelf, SamplerRun, SamplerSettings, Side, adapter_key, grid_sides, new_seed, path_moments
-from .state import avoided, class_labels, example_prompts, last_seed, level_sizes, most_pictures, read_values
-from .state import side_adapters, styles, trained_sizes, walk_together, word_hint
+from .state import avoided, class_labels, example_prompts, last_seed, level_frames, level_name, level_sizes, most_pictures
+from .state import read_values, side_adapters, styles, trained_sizes, walk_together, word_hint
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #581e3592
 _labels = dict(segments='Segments of the student', eta='Eta (fresh noise)', threshold='Thresholding',
@@ -212,7 +212,7 @@ class SamplerWidget(W.VBox):
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #e4ee226f
 def _nested_frames(
-    sizes:list[int], # pixels of every resolution, highest first
+    sizes:list[str], # the pixels of every resolution in words, highest first
 )->str: # HTML
     "A drawing of the resolutions."
     drawing = ''
@@ -271,8 +271,7 @@ def _use(self:SamplerWidget,
     except ValueError: return
     run = self.shown
     if self.busy or not run or not any(o.i == side for o in run.sides) or not 0 <= k < run.settings.count(): return
-    pictures = next(o for o in run.sides if o.i == side).pictures()[0]
-    self.edit.use(Image.fromarray(pictures[k]))
+    self.edit.use(next(o for o in run.sides if o.i == side).shown()[k])
     self.edit_fold.show(True)
     self.fields.add_class('mdm-shown')
     self._say(f'The next run begins with the picture of seed {run.settings.seed + k}.')
@@ -473,7 +472,8 @@ def _add_adapter(self:SamplerWidget, controls, path):
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #5acb9f0c
 _made = {  # files that are made when they are asked for -> what they hold
-    'GIF': 'The path from noise to picture as a film', 'MP4': 'The same film, smaller and with all colours',
+    'GIF': 'The path from noise to picture as a film; of clips, the clips', 'WebP': 'The same film, with all colours',
+    'MP4': 'The same film, with all colours and smaller',
     'ZIP': 'All pictures with their settings, and the commands that draw them again'}
 
 @patch
@@ -489,7 +489,7 @@ def _make_results(self:SamplerWidget):
         'Move through the steps')
     self.strip = box('mdm-strip', *self.cards)
     self.makers = [W.Button(description=name, tooltip=tip) for name, tip in _made.items()]
-    self.gif_button, self.mp4_button, self.zip_button = self.makers
+    self.gif_button, self.webp_button, self.mp4_button, self.zip_button = self.makers
     self.downloads, self.made, self.plot, self.copy = html_text(), classed(html_text(), 'mdm-made'), html_text(), html_text()
     save = box('mdm-save', html_text('<h3>Save</h3>'), self.downloads, *self.makers, self.made)
     show = box('mdm-show', self.kind, self.inner, self.live)
@@ -571,9 +571,9 @@ def _show_model(self:SamplerWidget, pipe, name):
     if self.shown: return
     row = self._first_screen(self.shelf.paths.get(name) or name, self._take_example)
     title = 'Drawn beforehand by this model' if row else 'What this model draws'
-    pixels = ' and '.join(f'{w} × {h}' for w, h in level_sizes(pipe)) + ' pixels'
+    pixels = ' and '.join(map(level_name, level_sizes(pipe), level_frames(pipe))) + ' pixels'
     about = 'Press a picture to take its prompt and seed.' if row else pixels
-    screen = row or html_text(_nested_frames([w for w, _ in level_sizes(pipe)]))
+    screen = row or html_text(_nested_frames(_short_names(pipe)))
     self.views.children = [box('mdm-begin', html_text(f'<h2>{title}</h2><p>{about}</p>'), screen)]
     if not self.prompt.value: self.prompt.value = row.children[0].example[0] if row else prompts[0]
     self.plot.value = self._plot(pipe)
@@ -669,10 +669,14 @@ def _sample(self:SamplerWidget, run):
     return done
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #19a7dc81
+def _short_names(pipe, size=''):
+    "The resolutions in words; a square is named by its side."
+    names = map(level_name, level_sizes(pipe, size), level_frames(pipe))
+    return [o.removesuffix(f' × {w}') if w == h else o for o, (w, h) in zip(names, level_sizes(pipe, size))]
+
 @patch
 def _plot(self:SamplerWidget, pipe, steps=(), now=None):
-    sizes = level_sizes(pipe, self.shown.settings.size if self.shown else '')
-    names = [str(w) if w == h else f'{w} × {h}' for w, h in sizes]
+    names = _short_names(pipe, self.shown.settings.size if self.shown else '')
     return '<h3>Log signal-to-noise ratio</h3>' + logsnr_svg(pipe.diffusion, steps, now, names)
 
 @patch
@@ -720,7 +724,8 @@ def _draw_side(self:SamplerWidget, side, frame):
     details = [_told(side.png_info(k)) for k in each] if not self.busy else []
     files = self.files.get(side.i, ()) if at_end else ()
     sizes = level_sizes(side.pipe, s.size)
-    self.views.children[side.i].show(pictures, sizes, name, self.inner.value, captions, details, files, side.i)
+    self.views.children[side.i].show(pictures, sizes, name, self.inner.value, captions, details, files, side.i,
+                                    side.counts)
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #b9f44916
 @patch
@@ -749,7 +754,7 @@ def _show_run(self:SamplerWidget, run):
         self.scrub.max, self.after.layout.display = 0, None
         views = [SideView(len(o.pipe.model.scales)) for o in run.sides]
         size, count = run.settings.size, run.settings.count()
-        for view, o in zip(views, run.sides): view.reserve(level_sizes(o.pipe, size), count, o.differences(), self.inner.value)
+        for view, o in zip(views, run.sides): view.reserve(level_sizes(o.pipe, size), count, o.differences(), self.inner.value, o.counts)
         self.views.children = views
         (self.views.add_class if len(views) > 1 else self.views.remove_class)('mdm-several')
         if not run.settings.vary:
@@ -791,7 +796,7 @@ def _finish(self:SamplerWidget, run):
     self._follow()
     for card, past in zip(self.past, self.runs):
         about = f'Bring back: {past.settings.texts()[0]}, seed {past.settings.seed}'
-        card.show(past.sides[0].pictures()[0][0], f'seed {past.settings.seed}', about, past is run)
+        card.show(past.sides[0].shown()[0], f'seed {past.settings.seed}', about, past is run)
     self.no_history.layout.display = 'none'
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #c504483e
@@ -817,14 +822,21 @@ def _adapter_places(self:SamplerWidget):
     return {name: place for name, (place, _) in self.shelf.adapters.items()} if self.shelf.any_path else None
 
 @patch
+def _path_film(self:SamplerWidget, run, kind):
+    "The path from noise to picture as a file of a kind."
+    pictures = film_pictures(run.sides, self.kind.value, self.inner.value)
+    return mp4_bytes(pictures) if kind == 'MP4' else gif_bytes(pictures, format=kind.upper())
+
+@patch
 def _make_file(self:SamplerWidget, button):
     "Make a film, or a ZIP file of everything, and a link to it."
     run, kind = self.shown, button.description
-    name = f"mdm_seed{run.settings.seed}{'' if kind == 'ZIP' else '_path'}.{kind.lower()}"
+    path = kind != 'ZIP' and not moves(run)
+    name = f"mdm_seed{run.settings.seed}{'_path'*path}.{kind.lower()}"
     try:
         if kind == 'ZIP': data = results_zip(run, self._places(), self.shelf.recipe or '', self._adapter_places())
-        elif kind == 'GIF': data = film(run.sides, self.kind.value, self.inner.value)
-        else: data = mp4_bytes(film_pictures(run.sides, self.kind.value, self.inner.value))
+        elif not path: data = moving_sheet(run.sides).data(kind.lower())
+        else: data = self._path_film(run, kind)
     except Exception as e: return self._fail(e)
     self.made.value = download_link(name, data, f'{name} ({len(data)/1e3:,.0f} kB)')
     if self.keyboard: self.keyboard.send(dict(save=True))

@@ -6,9 +6,10 @@
 __all__ = ['styles', 'avoided', 'most_pictures', 'longest_prompt', 'most_sides', 'last_seed', 'modes', 'adapter_key',
            'most_strength', 'usual_strength', 'most_text', 'path_bytes', 'path_frames', 'path_side', 'class_labels',
            'example_prompts', 'SamplerSettings', 'side_adapters', 'adapter_wishes', 'grid_sides', 'read_values',
-           'new_seed', 'bring_into', 'packed', 'unpacked', 'shrink', 'Frame', 'Side', 'walk_together', 'path_moments',
-           'SamplerRun', 'short_names', 'adapter_places', 'named_adapters', 'PipelineShelf', 'adapted_pipeline',
-           'level_sizes', 'trained_sizes', 'shapes_words', 'known_words', 'unknown_words', 'word_hint']
+           'new_seed', 'bring_into', 'packed', 'unpacked', 'tiled_size', 'first_frame', 'shrink', 'as_clips', 'Frame',
+           'Side', 'walk_together', 'path_moments', 'SamplerRun', 'short_names', 'adapter_places', 'named_adapters',
+           'PipelineShelf', 'adapted_pipeline', 'level_sizes', 'level_frames', 'level_name', 'trained_sizes',
+           'shapes_words', 'known_words', 'unknown_words', 'word_hint']
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #ea6e7da4
 import base64, hashlib, json, math, secrets, shlex, threading, time
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from ..data.shapes import shapes_captions
 from ..diffusion.sampler import Given, Step, for_img2img, for_inpaint, for_upscale, scale_sizes
+from ..models.clips import for_animate, scale_frames
 from ..pipeline import MDMPipeline, paint_mask
 from ..checkpoint import find_adapter, find_model, load_checkpoint
 from ..models.adapters import Adapter, merge_adapters
@@ -36,7 +38,7 @@ from ..text import split_words
 from ..utils.class_names import ClassNames
 from ..utils.configs import config_class
 from ..utils.files import bundled
-from ..utils.pictures import from_pil, png_bytes, signal_to_pixels
+from ..utils.pictures import Clip, cut_tiles, from_pil, png_bytes, signal_to_pixels
 from ..utils.sizes import read_size, size_text
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #e03ee346
@@ -84,6 +86,7 @@ modes = {  # name -> what it does
     'change': 'Draw a picture anew, beginning with the picture under noise',
     'fill in': 'Paint a part of a picture anew, and keep the rest',
     'enlarge': 'Draw a small picture larger',
+    'animate': 'Draw a clip that begins with the picture',
 }
 
 @config_class
@@ -204,6 +207,25 @@ def unpacked(
         raise ValueError(f'The {what} in the settings is damaged ({e}): choose another one.') from None
     return picture
 
+# %% ../../nbs/4_use/10_widget_state.ipynb #b58bd32d
+def tiled_size(
+    pipe:MDMPipeline, # the model
+    size:str|None=None, # of the pictures or frames, such as '384x256'; empty: the square of the recipe
+)->tuple[int, int]: # (width, height) in pixels; raises ValueError for an impossible size
+    "Compute the size of what the model draws: all frames of a clip, or a picture."
+    return tuple(o*pipe.tiling for o in pipe.picture_size(size or None))
+
+def first_frame(
+    pipe:MDMPipeline, # the model
+    picture:Image.Image, # as large as a frame
+    size:str|None=None, # of the frames
+)->Image.Image: # the picture; raises ValueError for a model of pictures, or a picture of another size
+    "Check a picture that a clip is to begin with."
+    if pipe.frames == 1: raise ValueError('This model draws pictures: choose a model of clips to animate one.')
+    if picture.size == (wanted := pipe.picture_size(size or None)): return picture
+    raise ValueError(f'The picture has {size_text(picture.size)} pixels, and the frames of the model {size_text(wanted)}: '
+                     'choose the picture again.')
+
 # %% ../../nbs/4_use/10_widget_state.ipynb #3e40603a
 usual_strength = {'change': .6, 'fill in': 1.}           # where `strength` is None
 
@@ -214,7 +236,8 @@ def given(self:SamplerSettings,
     "What sampling begins with."
     if self.mode == 'draw': return None
     picture, scales, size = unpacked(self.picture), pipe.model.scales, self.size or None
-    if self.mode == 'enlarge': return for_upscale(from_pil(picture), pipe.picture_size(size)[::-1], scales)
+    if self.mode == 'enlarge': return for_upscale(from_pil(picture), tiled_size(pipe, size)[::-1], scales)
+    if self.mode == 'animate': return for_animate(from_pil(first_frame(pipe, picture, size)), scales)
     strength = usual_strength[self.mode] if self.strength is None else self.strength
     picture = from_pil(pipe.fitting(picture, size=size))
     if self.mode == 'change': return for_img2img(picture, scales, strength)
@@ -294,12 +317,23 @@ path_side = 256                          # height and width that are kept, at mo
 def shrink(
     x:Tensor, # pictures [B,3,H,W] in [-1,1]
     side:int|None=None, # largest height and width; None: any
+    tiling:int=1, # tiles side by side, which all get the same size
 )->np.ndarray: # uint8 [B,H,W,3]
     "Turn pictures into bytes, reduced by averaging."
     h, w = x.shape[-2:]
     scale = min(1, side/max(h, w)) if side else 1
-    if scale < 1: x = F.interpolate(x.float(), (round(h*scale), round(w*scale)), mode='area')
+    whole = lambda o: max(1, round(o*scale/tiling))*tiling
+    if scale < 1: x = F.interpolate(x.float(), (whole(h), whole(w)), mode='area')
     return signal_to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+
+# %% ../../nbs/4_use/10_widget_state.ipynb #64719a4e
+def as_clips(
+    pictures:np.ndarray, # uint8 [B,H,W,3]: pictures, or clips as tiles
+    frames:int=1, # of every clip; 1: pictures
+)->list: # B PIL pictures, or B `Clip`s of two seconds
+    "Make pictures or clips of bytes."
+    images = [Image.fromarray(o) for o in pictures]
+    return images if frames == 1 else [Clip(cut_tiles(o, frames), frames/2) for o in images]
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #414c76a0
 @dataclass
@@ -331,7 +365,7 @@ class Side:
         sampling = {k: v for k, v in own.items() if k not in ('checkpoint', 'recipe') and not k.startswith(adapter_key)}
         self.name, self.config = own['checkpoint'], pipe.config(**sampling)
         pipe.picture_size(settings.size or None)
-        self.given = settings.given(pipe)
+        self.given, self.counts = settings.given(pipe), level_frames(pipe)
         self.frames, self.final, self.done = [], [], False
         self.last, self.seconds, self.taken = None, 0., 0         # the newest step, when it was taken, and its number
         self.total = self.config.steps                            # the sampler may take fewer; it says so with every step
@@ -362,7 +396,8 @@ def keep(self:Side,
 def _add(self:Side):
     "Add the newest step to the path."
     step = self.last
-    x, x0 = ([shrink(o, self.side) for o in level] for level in (step.x, step.x0))
+    tilings = [math.isqrt(o) for o in self.counts]
+    x, x0 = ([shrink(o, self.side, k) for o, k in zip(level, tilings)] for level in (step.x, step.x0))
     self.frames.append(Frame(step.index, step.total, step.t, self.seconds, x, x0))
 
 @patch
@@ -394,6 +429,13 @@ def walk(self:Side)->Iterator[Step]: # one for every step taken
 def pictures(self:Side)->list[np.ndarray]: # uint8 [B,H,W,3], highest resolution first
     "The finished pictures in full size; of a stopped run, the clean pictures that the network predicted last."
     return [shrink(o.clamp(-1, 1)) for o in self.final]
+
+@patch
+def shown(self:Side,
+    level:int=0, # which resolution, highest first
+)->list: # PIL pictures or `Clip`s
+    "The finished pictures of a resolution as they are shown."
+    return as_clips(self.pictures()[level], self.counts[level])
 
 @patch
 def differences(self:Side)->str: # e.g. 'steps 10'; '' where there is one side
@@ -597,8 +639,23 @@ def level_sizes(
     pipe:MDMPipeline, # the model
     size:str='', # of the pictures, such as '384x256'; empty: the square of the recipe
 )->list[tuple[int, int]]: # (width, height) of every resolution, highest first; raises ValueError for an impossible size
-    "Compute the sizes of the pictures of a model."
-    return scale_sizes(pipe.picture_size(size or None), pipe.model.scales)
+    "Compute the sizes of the pictures, or of the frames, of a model."
+    scales = pipe.model.scales
+    sizes = scale_sizes(tiled_size(pipe, size), scales)
+    return [(w//math.isqrt(n), h//math.isqrt(n)) for (w, h), n in zip(sizes, level_frames(pipe))]
+
+def level_frames(
+    pipe:MDMPipeline, # the model
+)->list[int]: # of every resolution, highest first; 1: pictures
+    "Count the frames that a model draws."
+    return [scale_frames(o) for o in pipe.model.scales]
+
+def level_name(
+    size:tuple[int, int], # (width, height) of a picture or frame
+    frames:int=1, # 1: a picture
+)->str: # e.g. '32 × 32', or '16 frames of 32 × 32'
+    "Put the size of a picture or clip into words."
+    return (f'{frames} frames of ' if frames > 1 else '') + f'{size[0]} × {size[1]}'
 
 def trained_sizes(
     recipe:Recipe, # of the model
