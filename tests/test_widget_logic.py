@@ -12,7 +12,8 @@ from mdm.text import split_words
 from mdm.utils import pictures
 from mdm.utils.pictures import caption_font, contact_sheet, png_bytes
 from mdm.widgets import editing, fields
-from mdm.widgets.drawing import film, film_pictures, labelled_sheet, mp4_bytes
+from mdm.utils.pictures import mp4_bytes
+from mdm.widgets.drawing import film, film_pictures, labelled_sheet
 from mdm.widgets.editing import EditPanel, SettingsDrop, decode_picture
 from mdm.widgets.exchange import as_command, as_python, how_again, read_settings, result_files, results_zip
 from mdm.widgets.fields import FileDrop, checked_int

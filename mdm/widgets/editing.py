@@ -23,6 +23,7 @@ from .state import level_sizes, modes, packed, unpacked, usual_strength
 
 # %% ../../nbs/4_use/15_widget_editing.ipynb #d7c68455
 most_pixels = 50_000_000                                 # of a picture from outside
+_formats = ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP']
 
 def decode_picture(
     data:bytes, # a file
@@ -31,7 +32,7 @@ def decode_picture(
     if len(data) > most_bytes:
         raise ValueError(f'the file has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most')
     try:
-        picture = Image.open(BytesIO(data), formats=['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])
+        picture = Image.open(BytesIO(data), formats=_formats)
         pixels = picture.width*picture.height
         if pixels <= most_pixels: return to_rgb(ImageOps.exif_transpose(picture))
     except Image.DecompressionBombError: pixels = 2*Image.MAX_IMAGE_PIXELS
@@ -63,13 +64,15 @@ def decode_clip(
     tiles:tuple[int, int], # (width, height) of all its frames as tiles
 )->Image.Image|Clip: # a picture, or a clip of a film or of tiles; raises ValueError as `decode_picture` does
     "Open a picture or a film from outside."
-    picture, file = decode_picture(data), Image.open(BytesIO(data))
-    many = getattr(file, 'n_frames', 1)
-    if many > 1:
-        if picture.width*picture.height*many > 4*most_pixels:
-            raise ValueError(f'the film has {many:,} frames of {size_text(picture.size)} pixels, which is too much: shorten it first')
-        try: return Clip([to_rgb(_frame(file, k)) for k in _evenly(range(many), count)], count/2)
-        except (OSError, ValueError, SyntaxError, EOFError): raise ValueError('this film is damaged: save it again') from None
+    picture, file, chosen = decode_picture(data), Image.open(BytesIO(data), formats=_formats), []
+    try:
+        many = getattr(file, 'n_frames', 1)
+        if many > 1 and picture.width*picture.height*many <= 4*most_pixels:
+            chosen = [to_rgb(_frame(file, k)) for k in _evenly(range(many), count)]
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, Image.DecompressionBombError):
+        raise ValueError('this film is damaged: save it again') from None
+    if chosen: return Clip(chosen, count/2)
+    if many > 1: raise ValueError(f'the film has {many:,} frames of {size_text(picture.size)} pixels, which is too much: shorten it')
     ours = getattr(file, 'text', {}).get('software') == 'mdm' and picture.size == tiles
     return Clip(cut_tiles(picture, count), count/2) if ours else picture
 

@@ -144,12 +144,14 @@ def player(
     if not isinstance(picture, Clip): return shown
     n = math.ceil(math.sqrt(len(picture)))
     radio = lambda name, more='': f'<input type="radio" name="{key}-frame" aria-label="{name}"{more}>'
-    frames = ''.join(f'<label title="Frame {k + 1}" style="--x:{k%n};--y:{k//n}">{radio(f"Frame {k + 1}")}'
-                     '<span class="mdm-thumb"></span><span class="mdm-still"></span></label>' for k in range(len(picture)))
+    views = '<span class="mdm-thumb"></span><span class="mdm-still"></span>'
+    frames = ''.join(f'<label title="Frame {k + 1}" style="--x:{k%n};--y:{k//n}">{radio(f"Frame {k + 1}")}{views}</label>'
+                     for k in range(len(picture)))
     sharp = ' mdm-crisp'*(picture.width <= _largest_sharp)
     play = f'<label class="mdm-play">{radio("Play", " checked")}Play</label>'
     about = '<span class="mdm-note">Point at a frame to see it; press it to pause there.</span>'
-    return (f'<span class="mdm-player{sharp}" style="--n:{n};--tiles:url({data_url("png", picture.data("png"))})">{shown}'
+    tiles = data_url('png', picture.data('png'))
+    return (f'<span class="mdm-player{sharp}" style="--n:{n};--tiles:url({tiles})">{shown}'
             f'<span class="mdm-scrub">{frames}</span><span class="mdm-playing">{play}{about}</span></span>')
 
 def large_view(
@@ -230,8 +232,8 @@ def show(self:SideView,
 def _save_links(picture, name, data):
     "Links that save a picture, or the tiles of a clip and its films."
     if not isinstance(picture, Clip): return download_link(name, data, 'Save PNG')
-    films = {kind: picture.data(kind.lower()) for kind in ('GIF', 'WebP')}
-    links = [download_link(f'{name.removesuffix(".png")}.{kind.lower()}', o, f'Save {kind}') for kind, o in films.items()]
+    films = {kind: f'{name.removesuffix(".png")}.{kind.lower()}' for kind in ('GIF', 'WebP')}
+    links = [download_link(o, picture.data(kind.lower()), f'Save {kind}') for kind, o in films.items()]
     return ''.join([*links, download_link(name, data, 'Save tiles (PNG)')])
 
 @patch

@@ -223,8 +223,8 @@ def first_frame(
     "Check a picture that a clip is to begin with."
     if pipe.frames == 1: raise ValueError('This model draws pictures: choose a model of clips to animate one.')
     if picture.size == (wanted := pipe.picture_size(size or None)): return picture
-    raise ValueError(f'The picture has {size_text(picture.size)} pixels, and the frames of the model {size_text(wanted)}: '
-                     'choose the picture again.')
+    raise ValueError(f'The picture has {size_text(picture.size)} pixels, and the frames of the model '
+                     f'{size_text(wanted)}: choose the picture again.')
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #3e40603a
 usual_strength = {'change': .6, 'fill in': 1.}           # where `strength` is None
