@@ -23,6 +23,8 @@ from .state import level_sizes, modes, packed, unpacked, usual_strength
 
 # %% ../../nbs/4_use/15_widget_editing.ipynb #d7c68455
 most_pixels = 50_000_000                                 # of a picture from outside
+_formats = ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP']
+_faults = OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, Image.DecompressionBombError
 
 def decode_picture(
     data:bytes, # a file
@@ -31,11 +33,11 @@ def decode_picture(
     if len(data) > most_bytes:
         raise ValueError(f'the file has {len(data)/1e6:.1f} MB, and {most_bytes/1e6:.0f} MB are the most')
     try:
-        picture = Image.open(BytesIO(data), formats=['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])
+        picture = Image.open(BytesIO(data), formats=_formats)
         pixels = picture.width*picture.height
         if pixels <= most_pixels: return to_rgb(ImageOps.exif_transpose(picture))
     except Image.DecompressionBombError: pixels = 2*Image.MAX_IMAGE_PIXELS
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError):
+    except _faults:
         raise ValueError('this is no picture that can be opened, or it is damaged: save it as PNG or JPEG') from None
     raise ValueError(f'the picture has {pixels/1e6:,.0f} million pixels, and {most_pixels/1e6:.0f} million are the most: '
                      'reduce it first')
@@ -63,13 +65,15 @@ def decode_clip(
     tiles:tuple[int, int], # (width, height) of all its frames as tiles
 )->Image.Image|Clip: # a picture, or a clip of a film or of tiles; raises ValueError as `decode_picture` does
     "Open a picture or a film from outside."
-    picture, file = decode_picture(data), Image.open(BytesIO(data))
-    many = getattr(file, 'n_frames', 1)
-    if many > 1:
-        if picture.width*picture.height*many > 4*most_pixels:
-            raise ValueError(f'the film has {many:,} frames of {size_text(picture.size)} pixels, which is too much: shorten it first')
-        try: return Clip([to_rgb(_frame(file, k)) for k in _evenly(range(many), count)], count/2)
-        except (OSError, ValueError, SyntaxError, EOFError): raise ValueError('this film is damaged: save it again') from None
+    picture, file, chosen = decode_picture(data), Image.open(BytesIO(data), formats=_formats), []
+    try:
+        many = getattr(file, 'n_frames', 1)
+        if many > 1 and picture.width*picture.height*many <= 4*most_pixels:
+            chosen = [to_rgb(_frame(file, k)) for k in _evenly(range(many), count)]
+    except _faults:
+        raise ValueError('this film is damaged: save it again') from None
+    if chosen: return Clip(chosen, count/2)
+    if many > 1: raise ValueError(f'the film has {many:,} frames of {size_text(picture.size)} pixels: shorten it')
     ours = getattr(file, 'text', {}).get('software') == 'mdm' and picture.size == tiles
     return Clip(cut_tiles(picture, count), count/2) if ours else picture
 
@@ -155,7 +159,8 @@ class EditPanel(W.VBox):
             'Share of the steps to take: more changes more')
         self.repeats = labelled(W.BoundedIntText(1, min=1, max=10), 'Repeats',
             'Times that each step is taken: old and new parts agree better, for as many times the work')
-        self.parts = box('mdm-edit', self.hint, self.drop, self.note, self.view, self.brush, self.strength, self.repeats)
+        self.parts = box('mdm-edit', self.hint, self.drop, self.note, self.view, self.brush, self.strength,
+                         self.repeats)
         super().__init__([self.mode, self.parts])
         self.mode.observe(self._mode_changed, 'value')
         for o in (self.strength, self.repeats): o.observe(lambda _: changed(), 'value')
@@ -228,7 +233,7 @@ def use(self:EditPanel,
 def _fitted(self:EditPanel):
     "The picture or clip as the mode wants it, and what was done to it."
     source, size, n = self.source, self.sizes[0], math.isqrt(self.frames)
-    if self.tiled and n > 1 and source.size == (size[0]*n, size[1]*n): source = Clip(cut_tiles(source, self.frames), self.frames/2)
+    if self.tiled and n > 1 and source.size == (size[0]*n, size[1]*n): source = Clip(cut_tiles(source, self.frames))
     if n > 1 and self.mode.value != 'animate': return fit_clip(source, self.frames, size)
     source = getattr(source, 'frames', [source])[0]
     inner = self.sizes[1:] or self.sizes
@@ -258,7 +263,8 @@ def values(self:EditPanel)->dict: # as in `SamplerSettings`
 @patch(set_prop=True)
 def values(self:EditPanel, new):
     mode = new.get('mode', 'draw')
-    if mode not in (known := [o for _, o in self.mode.options]): self._offer(*known, mode)    # of a model that is still loading
+    known = [o for _, o in self.mode.options]
+    if mode not in known: self._offer(*known, mode)           # of a model that is still loading
     self.mode.value = mode
     if mode == 'draw': return
     if new.get('picture'):

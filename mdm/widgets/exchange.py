@@ -183,7 +183,8 @@ def as_command(
     s, (prompts, negative) = side.settings, _asked(side)
     if in_memory(side) and not checkpoint:
         raise ValueError('The model is in memory: save it with save_checkpoint, and open the widget with the folder.')
-    files = {'draw': [], 'enlarge': ['upscale'], 'change': ['image'], 'fill in': ['image', 'mask'], 'animate': ['animate']}[s.mode]
+    files = {'draw': [], 'enlarge': ['upscale'], 'change': ['image'], 'fill in': ['image', 'mask'],
+             'animate': ['animate']}[s.mode]
     given = {o: f'{"mask" if o == "mask" else "picture"}.png' for o in files}
     recipe = s.sides[side.i].get('recipe') or recipe
     values = dict(n=s.n, seed=s.seed, **({'negative_prompt': negative} if negative else {}), **given, **_begun(side),
@@ -256,7 +257,8 @@ def film_files(
     sides, (sheet, *tiles) = [o for o in run.sides if o.final], result_files(run)
     shown = [moving_sheet(sides), *(o for side in sides for o in side.shown())]
     pairs = [(o, clip) for o, clip in zip([sheet, *tiles], shown) if hasattr(clip, 'frames')]
-    return [ResultFile(f'{o.name.removesuffix(".png")}.gif', o.label.replace('PNG', 'GIF'), clip.data()) for o, clip in pairs]
+    name = lambda o: o.name.removesuffix('.png') + '.gif'
+    return [ResultFile(name(o), o.label.replace('PNG', 'GIF'), clip.data()) for o, clip in pairs]
 
 # %% ../../nbs/4_use/13_widget_exchange.ipynb #e29a2301
 def how_again(

@@ -754,7 +754,8 @@ def _show_run(self:SamplerWidget, run):
         self.scrub.max, self.after.layout.display = 0, None
         views = [SideView(len(o.pipe.model.scales)) for o in run.sides]
         size, count = run.settings.size, run.settings.count()
-        for view, o in zip(views, run.sides): view.reserve(level_sizes(o.pipe, size), count, o.differences(), self.inner.value, o.counts)
+        for view, o in zip(views, run.sides):
+            view.reserve(level_sizes(o.pipe, size), count, o.differences(), self.inner.value, o.counts)
         self.views.children = views
         (self.views.add_class if len(views) > 1 else self.views.remove_class)('mdm-several')
         if not run.settings.vary:

@@ -6,9 +6,9 @@
 __all__ = ['styles', 'avoided', 'most_pictures', 'longest_prompt', 'most_sides', 'last_seed', 'modes', 'adapter_key',
            'most_strength', 'usual_strength', 'most_text', 'path_bytes', 'path_frames', 'path_side', 'class_labels',
            'example_prompts', 'SamplerSettings', 'side_adapters', 'adapter_wishes', 'grid_sides', 'read_values',
-           'new_seed', 'bring_into', 'packed', 'unpacked', 'tiled_size', 'first_frame', 'shrink', 'as_clips', 'Frame',
-           'Side', 'walk_together', 'path_moments', 'SamplerRun', 'short_names', 'adapter_places', 'named_adapters',
-           'PipelineShelf', 'adapted_pipeline', 'level_sizes', 'level_frames', 'level_name', 'trained_sizes',
+           'new_seed', 'bring_into', 'packed', 'unpacked', 'tiled_size', 'level_frames', 'first_frame', 'shrink',
+           'as_clips', 'Frame', 'Side', 'walk_together', 'path_moments', 'SamplerRun', 'short_names', 'adapter_places',
+           'named_adapters', 'PipelineShelf', 'adapted_pipeline', 'level_sizes', 'level_name', 'trained_sizes',
            'shapes_words', 'known_words', 'unknown_words', 'word_hint']
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #ea6e7da4
@@ -215,6 +215,12 @@ def tiled_size(
     "Compute the size of what the model draws: all frames of a clip, or a picture."
     return tuple(o*pipe.tiling for o in pipe.picture_size(size or None))
 
+def level_frames(
+    pipe:MDMPipeline, # the model
+)->list[int]: # of every resolution, highest first; 1: pictures
+    "Count the frames that a model draws."
+    return [scale_frames(o) for o in pipe.model.scales]
+
 def first_frame(
     pipe:MDMPipeline, # the model
     picture:Image.Image, # as large as a frame
@@ -223,8 +229,8 @@ def first_frame(
     "Check a picture that a clip is to begin with."
     if pipe.frames == 1: raise ValueError('This model draws pictures: choose a model of clips to animate one.')
     if picture.size == (wanted := pipe.picture_size(size or None)): return picture
-    raise ValueError(f'The picture has {size_text(picture.size)} pixels, and the frames of the model {size_text(wanted)}: '
-                     'choose the picture again.')
+    raise ValueError(f'The picture has {size_text(picture.size)} pixels, and the frames of the model '
+                     f'{size_text(wanted)}: choose the picture again.')
 
 # %% ../../nbs/4_use/10_widget_state.ipynb #3e40603a
 usual_strength = {'change': .6, 'fill in': 1.}           # where `strength` is None
@@ -643,12 +649,6 @@ def level_sizes(
     scales = pipe.model.scales
     sizes = scale_sizes(tiled_size(pipe, size), scales)
     return [(w//math.isqrt(n), h//math.isqrt(n)) for (w, h), n in zip(sizes, level_frames(pipe))]
-
-def level_frames(
-    pipe:MDMPipeline, # the model
-)->list[int]: # of every resolution, highest first; 1: pictures
-    "Count the frames that a model draws."
-    return [scale_frames(o) for o in pipe.model.scales]
 
 def level_name(
     size:tuple[int, int], # (width, height) of a picture or frame
