@@ -560,6 +560,30 @@ def test_demo(tmp_path, call):
     assert call(mdm_demo, '--output', out, *tiny, '--steps', 2)[0] == 0
     assert steps(out/'run') == ['step_00000002'] and (out/'mine.txt').read_text() == 'mine'
 
+tiny_clips = '''model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.channels=[8,8] model.inner.inner.num_resnets=[1,1] model.inner.inner.num_attention_layers=[0,1] model.num_groups=4
+    model.inner.num_groups=4 model.inner.inner.num_groups=4 model.time_dim=16 model.inner.time_dim=16 model.inner.inner.time_dim=16 model.inner.inner.num_text_layers=0 text.dim=8 train.batch_size=4 train.bf16=false
+    train.preview_prompts=[] sample.steps=1 sample.guidance=1'''.split()
+
+def test_demo_of_clips(tmp_path, call, monkeypatch):
+    "With --clips: moving shapes, a model of clips, their judge, a sheet of strips and a film; beside the demo of pictures."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'demo'/'run').mkdir(parents=True)
+    code, told, err = call(mdm_demo, '--clips', *tiny_clips, '--steps', 2, '--seed', 1)
+    assert code == 0, err
+    out = Path('demo/clips')
+    results = json.loads((out/'samples'/'accuracy.json').read_text())
+    assert results['captions'] == 64 and set(results['accuracy']) == {'colour', 'shape', 'motion', 'background', 'all'}
+    for k, v in results['accuracy'].items(): assert re.search(rf"^  {'all, clean' if k == 'all' else k} +{v:.1%}$", told, re.M)
+    for path in (out/'samples'/'grid.png', out/'samples'/'grid.gif', out/'run'/'step_00000002', out/'run'/'log.csv'): assert str(path) in told and path.exists()
+    assert 'Drawing 8 clips' in told and '64 clips of 16 x 16 pixels' in told and 'a red cross moves left' in told
+    with Image.open(out/'samples'/'grid.png') as sheet, Image.open(out/'samples'/'grid.gif') as film:
+        assert sheet.width >= 2*400 and film.n_frames > 8 and film.width >= 8*96
+    with tarfile.open(out/'moving_shapes'/'moving_shapes-000000.tar') as tar:
+        names = tar.getnames()
+        seen = [json.loads(tar.extractfile(o).read()) for o in names if o.endswith('.json')]
+    assert len(seen) == 8 and len(names) == 8*18 and not any(held_out(argparse.Namespace(**o)) for o in seen)
+    assert load_checkpoint(out/'run').recipe.train.seed == 1 and (tmp_path/'demo'/'run').exists()
+
 def test_demo_leaves_others_alone(tmp_path, refused):
     (tmp_path/'samples').mkdir(); (tmp_path/'samples'/'photo.jpg').write_text('mine')
     assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path, *tiny)
