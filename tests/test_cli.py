@@ -263,7 +263,7 @@ def test_no_bar_in_the_log_of_a_sampling(trained, tmp_path, call):
 
 def test_sample(trained, tmp_path, call):
     code, out, err = call(mdm_sample, trained, prompt, '--n', 2, '--seed', 5, 'größer', '--every-resolution', '--guidance', 3, '--negative-prompt', 'blue', '--output', tmp_path)
-    assert code == 0 and str(tmp_path/'0001.png') in out and 'step 2 of 2' in err
+    assert code == 0 and str(tmp_path/'0001.png') in out and '2 of 2 steps' in err
     singles = sorted(p.name for p in (tmp_path/'0001').iterdir())
     assert singles == sorted(f'{k:03d}_seed{5 + k}{low}.png' for k in range(4) for low in ('', '_16px'))
     for k in range(4):
@@ -284,7 +284,7 @@ def test_sample_options(trained, tmp_path, call):
     out.parent.mkdir(); out.write_text('an older one')                               # a file that was named is replaced
     code, printed, err = call(mdm_sample, trained/'step_00000006', '--prompts-file', tmp_path/'prompts.txt', '--n', 1, '--eta', 'ddpm', '--threshold', 'dynamic',
                               '--steps', 3, '--raw', '--device', 'cpu', '--batch-size', 1, '--output', out)
-    assert code == 0 and printed == f'{out}\n' and 'step 6 of 6' in err and list(out.parent.iterdir()) == [out]
+    assert code == 0 and printed == f'{out}\n' and '6 of 6 steps' in err and list(out.parent.iterdir()) == [out]
     with Image.open(out) as sheet: assert sheet.text['prompt'] == 'a red ring\na blue ring' and sheet.text['solver'] == 'ddpm' and sheet.text['weights'] == 'raw'
 
 def test_sample_tells_everything(trained, tmp_path, call):

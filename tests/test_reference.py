@@ -72,7 +72,9 @@ def test_from_reference_details():
         with pytest.raises(RecipeError): from_reference(base | bad)
     assert base['attention_levels'] == [1]                      # the argument is left as it was
 
-@pytest.mark.parametrize('name', [o for o in presets() if load_recipe(o).text.encoder != 'classes'])
+def known_there(recipe): return recipe.text.encoder != 'classes' and recipe.diffusion.min_divisor == 0
+
+@pytest.mark.parametrize('name', [o for o in presets() if known_there(load_recipe(o))])
 def test_to_reference_is_understood(name):
     recipe = load_recipe(name)
     theirs = yaml.safe_load(yaml.safe_dump(to_reference(recipe)))

@@ -29,8 +29,10 @@ def _add_share_flags(parser):
     "The flags of `--card` and `--push`."
     from mdm.share.settings import CardConfig
     add = parser.add_argument_group('share').add_argument
-    add('--card', action='store_true', help='write a folder for others: weights, recipe, licence, and a card with sample pictures')
-    add('--push', metavar='OWNER/NAME', help='upload that folder to the Hugging Face Hub, too (OWNER/NAME@BRANCH: into a branch)')
+    add('--card', action='store_true',
+        help='write a folder for others: weights, recipe, licence, and a card with sample pictures')
+    add('--push', metavar='OWNER/NAME',
+        help='upload that folder to the Hugging Face Hub, too (OWNER/NAME@BRANCH: into a branch)')
     add('--private', action='store_true', default=None, help='with --push: make the repository private')
     add('--message', metavar='TEXT', default='', help='with --push: of the commit')
     add('--create-pr', action='store_true', help='with --push: open a pull request')
@@ -38,7 +40,8 @@ def _add_share_flags(parser):
                                 ('prompts', 'PROMPT', "of the sample pictures (the recipe's previews)"),
                                 ('figures', 'FOLDER', 'folders of mdm_evaluate with results of these weights')):
         add(f'--{name}', metavar=metavar, nargs='+', help=f'for the card: {text}')
-    add_config_flags(parser.add_argument_group('card'), CardConfig, skip=('datasets', 'prompts', 'figures', 'half'), own=None)
+    skip = 'datasets', 'prompts', 'figures', 'half'
+    add_config_flags(parser.add_argument_group('card'), CardConfig, skip=skip, own=None)
     add('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
     add('--device', help='where the pictures are drawn: cpu, cuda, ... (a GPU if there is one)')
 
@@ -51,7 +54,8 @@ def _share_command(
     from mdm.share.card import write_shared
     from mdm.share.push import push_folder
     from mdm.share.settings import CardConfig
-    if Path(args.dst).suffix in ('.pth', *_exports): raise ValueError(f'--card writes a folder, and {args.dst} is the name of a file')
+    if Path(args.dst).suffix in ('.pth', *_exports):
+        raise ValueError(f'--card writes a folder, and {args.dst} is the name of a file')
     _refuse_export_flags(args, ('batch', 'tokens', 'size', 'prompt'))
     check_nothing_lost(args.dst)
     check_output(args.dst)
@@ -73,7 +77,8 @@ def _add_export_flags(parser):
     add('--batch', metavar='B', type=at_least(1), help='pictures in one call; guidance takes two for every picture (2)')
     add('--tokens', metavar='T', type=at_least(1), help='length of the embedded prompts (32)')
     add('--size', metavar='WxH', help="width and height of the pictures, e.g. 64x32 (the recipe's square)")
-    add('--half', action='store_true', default=None, help='store the weights in float16, also with --card; exported networks compute in float32')
+    add('--half', action='store_true', default=None,
+        help='store the weights in float16, also with --card; exported networks compute in float32')
     add('--prompt', metavar='TEXT', action='append',
         help='embed this prompt and the empty one, into DST with the ending .safetensors; may be repeated')
 
@@ -84,7 +89,8 @@ def _export_options(args):
 
 def _refuse_export_flags(args, names):
     given = next((k for k in names if getattr(args, k) is not None), None)
-    if given: raise ValueError(f'--{given} is for exported networks: let DST end in {" or ".join(_exports)}, without --card')
+    if not given: return
+    raise ValueError(f'--{given} is for exported networks: let DST end in {" or ".join(_exports)}, without --card')
 
 def _export_command(args):
     "Export the networks, compare the file with them, and print where it is."
@@ -129,7 +135,8 @@ def mdm_convert(
         'mdm_convert runs/shapes shared --card --license apache-2.0 --push me/shapes\n'
         'mdm_convert shapes shapes.onnx --batch 2 --tokens 32')
     add = parser.add_argument
-    add('src', metavar='SRC', help='a .pth file, a checkpoint folder, the output folder of mdm_train, or owner/name of the Hub')
+    add('src', metavar='SRC',
+        help='a .pth file, a checkpoint folder, the output folder of mdm_train, or owner/name of the Hub')
     add('dst', metavar='DST', help='a folder, or a file that ends in .pth, .onnx or .pt2')
     add('--recipe', metavar='RECIPE', help='preset or YAML file that describes a .pth file (the YAML file next to it)')
     add('--verify', action='store_true', help='compare all files of SRC with their checksums first')

@@ -191,7 +191,8 @@ def _write_drawings(args, kind, what, sample, extra=None, more='', **settings):
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 {what} and 16 pixels are needed')
     from mdm.data.shards import ShardWriter, items_bar
     from mdm.utils.configs import changed
-    settings = dict(kind=kind, n=args.n, size=args.size, seed=args.seed, held_out=args.held_out, plain=args.plain, **settings)
+    settings = dict(kind=kind, n=args.n, size=args.size, seed=args.seed, held_out=args.held_out,
+        plain=args.plain, **settings)
     config = changed(ShardsConfig(), 'shapes', **{**_given(args, ShardsConfig), 'name': kind})
     with ShardWriter(args.folder, config, settings, _command_line(args), extra) as writer:
         for i in items_bar(range(writer.position, args.n), f'{what}s', args.n, done=writer.position):
@@ -244,9 +245,9 @@ def _emoji_flags(p):
     _add_settings(p, EmojiConfig)
 
 @_subcommand('emoji', 'the pictures of a colour emoji font',
-    "Draw the emoji of Noto Color Emoji (the system's package fonts-noto-color-emoji, or --font) with the names that Unicode "
-    "gives them (pip install 'matryoshka-diffusion[data]'), in several wordings; --tints more of each in one other colour, "
-    'such as a blue cat. About three of ten combinations of emoji and colour are held out of training.',
+    "Draw the emoji of Noto Color Emoji (the system's package fonts-noto-color-emoji, or --font) with the names that "
+    "Unicode gives them (pip install 'matryoshka-diffusion[data]'), in several wordings; --tints more of each in one "
+    'other colour, such as a blue cat. About three of ten combinations of emoji and colour are held out of training.',
     'mdm_dataset emoji data/emoji\nmdm_dataset emoji data/emoji_test --held-out\n'
     "mdm_dataset emoji data/things --exclude 'man|woman|clock' --variants 5", _emoji_flags)
 def _emoji(args):
@@ -257,7 +258,8 @@ def _emoji(args):
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #f17e0004
 def _prior_flags(p):
-    p.add_argument('model', metavar='CHECKPOINT', help='the model that will be fine-tuned: a checkpoint, shapes, or owner/name of the Hub')
+    p.add_argument('model', metavar='CHECKPOINT',
+        help='the model that will be fine-tuned: a checkpoint, shapes, or owner/name of the Hub')
     p.add_argument('prompts', metavar='PROMPTS', help='a text file with one prompt a line')
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
     p.add_argument('--seed', type=at_least(0), default=0, help='of the first picture (%(default)s)')

@@ -183,8 +183,9 @@ def _train_judge(args):
     with stage_bars(unit='steps') as progress:
         judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress)
     facts = judge.facts
-    print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of {facts['k']} "
-          f"captions it picks the right one for {facts['ceiling']['all']['value']:.1%} of the held-back pictures ({facts['held']})")
+    share = facts['ceiling']['all']['value']
+    print(f"{args.retrieval}: a judge of {facts['concepts']:,} captions and {facts['pictures']:,} pictures; of "
+          f"{facts['k']} captions it picks the right one for {share:.1%} of the held-back pictures ({facts['held']})")
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #679f9c29
 _about = (
@@ -240,7 +241,8 @@ def mdm_evaluate(
     parser = make_parser('mdm_evaluate', _about, _examples)
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT', nargs='?',
-        help='shapes (the bundled model), output folder of mdm_train, one checkpoint, a released .pth file, or owner/name of the Hub')
+        help='shapes (the bundled model), output folder of mdm_train, one checkpoint, a released .pth file, or '
+             'owner/name of the Hub')
     add('--captions', metavar='FILE',
         help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column (a model '
              'of classes: every class in turns)')

@@ -15,7 +15,7 @@ from ..utils.class_names import ClassNames, moved_names
 _more_names = {'Cardigan': 'Cardigan Welsh corgi', 'Pembroke': 'Pembroke Welsh corgi', 'cardigan': 'cardigan sweater'}
 
 def imagenet_names()->list[str]: # 1000 entries, in the order of the classes' numbers
-    "The names of ImageNet's classes, from torchvision. Two classes are called cardigan, a dog and a garment; each gets a second name."
+    "The names of ImageNet's classes, from torchvision. Two are called cardigan, a dog and a garment; each gets a second one."
     from torchvision.models import ResNet18_Weights
     names = ResNet18_Weights.DEFAULT.meta['categories']
     return [f'{o}, {_more_names[o]}' if o in _more_names else o for o in names]
@@ -27,10 +27,12 @@ def read_class_names(
     path = Path(source)
     if not path.is_file() and str(source) == 'imagenet': return imagenet_names()
     if not path.is_file():
-        raise FileNotFoundError(f'text.classes: there is no file {path}; name a text file with a class a line, or imagenet')
+        raise FileNotFoundError(f'text.classes: there is no file {path}; '
+                                'name a text file with a class a line, or imagenet')
     try: names = [o.strip() for o in path.read_text(encoding='utf-8-sig').rstrip().splitlines()]
     except UnicodeDecodeError as e: raise ValueError(f'text.classes: {path} is not UTF-8 text ({e.reason})') from None
-    if '' in names: raise ValueError(f'text.classes: line {names.index("") + 1} of {path} is empty: every line names a class')
+    if '' in names:
+        raise ValueError(f'text.classes: line {names.index("") + 1} of {path} is empty: every line names a class')
     return names
 
 # %% ../../nbs/2_data/18_classes.ipynb #12e4f74c
@@ -51,7 +53,8 @@ def check_classes(
     "Raise `ValueError` when shards have other classes than a recipe."
     place, mend = redact(folder) or '.', 'make the shards again with the classes of the recipe, or change text.classes'
     if len(names) != len(stored):
-        raise ValueError(f'the shards in {place} have {len(stored):,} classes, and the recipe has {len(names):,}: {mend}')
+        raise ValueError(f'the shards in {place} have {len(stored):,} classes, '
+                         f'and the recipe has {len(names):,}: {mend}')
     if moved := moved_names(names, stored):
         a, b = (ClassNames(o).numbers[moved[0]][0] for o in (names, stored))
         raise ValueError(f'{moved[0]!r} is class {a} in the recipe and class {b} in the shards in {place}: {mend}')
@@ -67,8 +70,9 @@ def with_classes(
     found, names = manifest_classes([*recipe.data.files, *files]), text.classes
     if isinstance(names, str) and names: names = read_class_names(names)
     if not names and not found:
-        raise ValueError(f'text.encoder is classes, but text.classes is empty, and no {MANIFEST} beside data.files has names: '
-                         'make shards with mdm_dataset folder --classes, or name in text.classes a file with a class a line')
+        raise ValueError(f'text.encoder is classes, but text.classes is empty, and no {MANIFEST} beside data.files '
+                         'has names: make shards with mdm_dataset folder --classes, or name in text.classes a file '
+                         'with a class a line')
     names = list(names or next(iter(found.values())))
     try: ClassNames(names)
     except ValueError as e: raise ValueError(f'text.classes: {e}') from None

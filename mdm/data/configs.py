@@ -38,7 +38,8 @@ class FolderConfig(PicturesConfig):
     workers: Annotated[int, Field(ge=1)]|None = None # threads that read and check pictures; not given: one per core
 
     def rules(self):
-        own = [k for k in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names') if getattr(self, k)]
+        ways = 'file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names'
+        own = [k for k in ways if getattr(self, k)]
         return [(self.clips and self.resize is not None, 'resize', 'null: clips keep their size'),
                 (self.clips and self.classes, 'classes', 'false: classes are of pictures'),
                 (self.classes and bool(own), 'classes', f"false where {', '.join(own)} say where captions are")]

@@ -37,10 +37,11 @@ def list_emoji(
     exclude:str|None=None, # regular expression; emoji with a name that it matches are left out
     flags:bool=False, # with the flags of countries, whose fine detail is lost in small pictures
 )->list[Emoji]: # in Unicode's order of characters, without variants of skin colour
-    "List the emoji that have a name. Raises `ImportError` without the package `emoji`, `ValueError` for a wrong expression."
+    "List the emoji that have a name. Raises `ImportError` without the package, `ValueError` for a wrong expression."
     try: import emoji
     except ImportError:
-        raise ImportError("the names of emoji come from the package emoji; install it: pip install 'matryoshka-diffusion[data]'") from None
+        raise ImportError('the names of emoji come from the package emoji; install it: '
+                          "pip install 'matryoshka-diffusion[data]'") from None
     try: left_out = re.compile(exclude or '(?!)')
     except re.error as e: raise ValueError(f'exclude: {exclude!r} is no regular expression ({e})') from None
     found = []
@@ -62,7 +63,8 @@ def find_emoji_font(
     "Find a colour emoji font. Raises `FileNotFoundError` if there is none."
     if path is None:
         from matplotlib.font_manager import findSystemFonts
-        found = [o for o in map(Path, sorted(findSystemFonts())) if re.fullmatch('noto-?coloremoji(-regular)?', o.stem.lower())]
+        is_noto = lambda o: re.fullmatch('noto-?coloremoji(-regular)?', o.stem.lower())
+        found = list(filter(is_noto, map(Path, sorted(findSystemFonts()))))
         if not found:
             raise FileNotFoundError('no colour emoji font was found; install fonts-noto-color-emoji, or name the file '
                                     'NotoColorEmoji.ttf (--font)')
@@ -80,12 +82,15 @@ def _glyph(text, font):
 @lru_cache(4)
 def _open_font(path):
     if not features.check('raqm'):
-        raise RuntimeError('this Pillow was built without raqm, which joins the characters of an emoji; install Pillow from PyPI')
+        raise RuntimeError('this Pillow was built without raqm, which joins the characters of an emoji; '
+                           'install Pillow from PyPI')
     try: font = ImageFont.truetype(str(path), _bitmap_size)
-    except OSError as e: raise ValueError(f'{path}: not a font with bitmaps of size {_bitmap_size}, as Noto Color Emoji has ({e})') from None
+    except OSError as e:
+        raise ValueError(f'{path}: not a font with bitmaps of size {_bitmap_size}, as Noto Color Emoji has ({e})') from None
     face = np.array(_glyph('😀', font)).astype(int)
     if not np.ptp(face[face[..., 3] > 0][:, :3], 1).any():
-        raise ValueError(f'{path}: this font has no coloured pictures of emoji; use the file NotoColorEmoji.ttf (--font)')
+        raise ValueError(f'{path}: this font has no coloured pictures of emoji; '
+                         'use the file NotoColorEmoji.ttf (--font)')
     return font
 
 # %% ../../nbs/2_data/15_emoji.ipynb #c113dafd
@@ -93,7 +98,7 @@ def draw_emoji(
     text:str, # the characters of one emoji
     font:str|Path, # file of the font
 )->Image.Image: # RGBA, square, transparent where nothing is drawn
-    "Draw an emoji at the size that its font has. Raises `Skip` if the font has no picture of it, `ValueError` for other fonts."
+    "Draw an emoji at the size that its font has. Raises `Skip` where it has no picture, `ValueError` for other fonts."
     font = _open_font(Path(font))
     left, _, right, _ = font.getbbox(text)
     canvas = _glyph(text, font)
@@ -104,8 +109,8 @@ def draw_emoji(
     return square
 
 # %% ../../nbs/2_data/15_emoji.ipynb #ed4c6541
-tint_colours = dict(red=(225, 40, 40), orange=(245, 135, 25), yellow=(250, 210, 40), green=(50, 165, 65), blue=(45, 105, 225),
-    purple=(140, 65, 190), pink=(245, 130, 180), brown=(135, 85, 50), grey=(130, 130, 130))
+tint_colours = dict(
+    red=(225, 40, 40), orange=(245, 135, 25), yellow=(250, 210, 40), green=(50, 165, 65), blue=(45, 105, 225), purple=(140, 65, 190), pink=(245, 130, 180), brown=(135, 85, 50), grey=(130, 130, 130))
 
 def tint(
     glyph:Image.Image, # RGBA
@@ -125,7 +130,7 @@ def tint(
 _colour_words = re.compile(rf"\b({'|'.join([*tint_colours, 'gray', 'white', 'black'])})\b")
 
 def tints_of(
-    emoji:Emoji,
+    emoji:Emoji, # what is drawn
     held_out:bool=False, # those that training never sees, instead of those that it may see
 )->list[str]: # names of colours; none for an emoji whose name has a colour
     "List the colours in which an emoji is drawn. About three of ten are held out of training."
@@ -134,7 +139,7 @@ def tints_of(
 
 # %% ../../nbs/2_data/15_emoji.ipynb #7d45bacf
 def emoji_captions(
-    emoji:Emoji,
+    emoji:Emoji, # what is drawn
     colour:str|None=None, # the colour in which it is drawn; None: its own colours
 )->dict[str, float]: # caption -> weight, the plain name first and most frequent
     "List the wordings for a picture of an emoji."
@@ -165,7 +170,7 @@ def place_emoji(
 # %% ../../nbs/2_data/15_emoji.ipynb #3057041f
 def emoji_sample(
     i:int, # number of the picture; pictures i and i + len(emoji) show the same emoji
-    emoji:list[Emoji],
+    emoji:list[Emoji], # what is drawn, in turns
     config:EmojiConfig, # sizes, seed and shares
     font:str|Path, # file of the font
 )->dict: # '__key__', and bytes by extension: png, txt, json

@@ -135,11 +135,13 @@ def parse_moving(
     motion = [name for name, words in _motion_words.items() if re.search(words, text)]
     text = re.sub('|'.join(_motion_words.values()), ' ', text)
     said = read_words(_clip_words.sub(' ', text), caption)
-    if len(motion) > 1: raise ValueError(f'parse_moving: the caption {caption!r} names two motions ({", ".join(motion)}); name one')
+    if len(motion) > 1:
+        raise ValueError(f'parse_moving: the caption {caption!r} names two motions ({", ".join(motion)}); name one')
     if other := [v for k, v in said.items() if k not in moving_attributes]:
         raise ValueError(f'parse_moving: {caption!r} says {other[0]!r}, but all clips begin with a small shape in the centre')
     if motion: said['motion'] = motion[0]
-    if not said: raise ValueError(f'parse_moving: the caption {caption!r} names no attribute ({", ".join(moving_attributes)})')
+    if not said:
+        raise ValueError(f'parse_moving: the caption {caption!r} names no attribute ({", ".join(moving_attributes)})')
     if why := _unseen(said): raise ValueError(f'parse_moving: {caption!r}: {why}')
     return {k: said[k] for k in moving_attributes if k in said}
 

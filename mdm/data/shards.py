@@ -328,7 +328,8 @@ def _listing(folder, without=None, file_column=None, caption_column=None, clips=
     files = {f: s for f, s in found.items() if not isinstance(s, str)}
     captions = {f: None for f in files if f.lower().endswith(CLIP_FILES if clips else PICTURE_FILES)}
     facts = _add_tables(captions, folder, files, file_column, caption_column)
-    if not captions: raise _no_pictures(folder, files, [f for f, reason in found.items() if reason is LINKED_FOLDER], clips)
+    links = [f for f, reason in found.items() if reason is LINKED_FOLDER]
+    if not captions: raise _no_pictures(folder, files, links, clips)
     left = {f: Skip(reason) for f, reason in _left_out(found, captions)}
     lines = [f'{f} {s.st_size} {s.st_mtime_ns}' for f, s in sorted(files.items()) if f not in left or str(left[f]) == ORPHAN]
     fingerprint = hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()
@@ -574,7 +575,8 @@ def class_sample(
     if isinstance(text, Skip): raise text
     name, slash, _ = file.partition('/')
     if not slash: raise Skip(NO_FOLDER)
-    return {**folder_sample(folder, file, name.replace('_', ' '), resize, facts=facts), 'cls': str(names.index(name)).encode()}
+    sample = folder_sample(folder, file, name.replace('_', ' '), resize, facts=facts)
+    return {**sample, 'cls': str(names.index(name)).encode()}
 
 # %% ../../nbs/2_data/08_shards.ipynb #6f8829ab
 def refuse_empty(
@@ -650,14 +652,15 @@ def write_folder(
     """Make shards from a folder of captioned pictures, or add its new pictures to shards. Raises `FileNotFoundError` without
     pictures, `ValueError` when none can be used, `ConfigError` for impossible settings, `FileExistsError` for shards of another run."""
     config = changed(config or FolderConfig(), 'folder', **changes)
-    columns = config.file_column, config.caption_column
-    found, fingerprint, files, facts = _listing(pictures, folder, *columns, config.clips, config.follow_links)
+    found, fingerprint, files, facts = _listing(pictures, folder, config.file_column, config.caption_column, config.clips,
+                                                config.follow_links)
     if config.caption_key: parse_shares(config.caption_key)
     states, manifest = _states(found, files, facts), read_manifest(folder)
     items, after = _new_items(folder, found, states, fingerprint, manifest, _states(found, files, {}))
     after = after or (manifest or {}).get('settings', {}).get('after', '')
     settings = dict(kind='folder', source=fingerprint, resize=config.resize, **({'after': after} if after else {}))
-    for name in ('file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names', 'clips', 'follow_links'):
+    columns = 'file_column', 'caption_column', 'caption_key', 'caption_lines', 'caption_names'
+    for name in (*columns, 'clips', 'follow_links'):
         if getattr(config, name): settings[name] = getattr(config, name)
     make, extra = _sample_maker(pictures, found, config, facts)
     if extra: settings['classes'] = f"{len(extra['classes'])}, {hashlib.sha256(repr(extra).encode()).hexdigest()[:16]}"

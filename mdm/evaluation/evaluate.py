@@ -84,7 +84,8 @@ def _check(pipe, captions, data, config):
         raise ValueError('nothing to draw: give captions, or shards of captioned pictures')
     if config.sources and not data and not config.reference:
         names = ', '.join(map(_judge_label, config.sources))
-        raise ValueError(f'{names} compares with real pictures: give shards of them as data, or a reference made before')
+        raise ValueError(f'{names} compares with real pictures: give shards of them as data, '
+                         'or a reference made before')
     if pipe.frames > 1 and (config.clip or config.retrieval):
         raise ValueError('CLIP score and retrieval judge pictures, and this model draws clips: leave them out')
     most = pipe.diffusion.config.num_steps
@@ -208,7 +209,8 @@ def _measure(pipe, folder, captions, data, config, features, clip, judge, progre
     share = partial(share_work, folder, rank=rank, world=world)
     key = short_hash(config.fid, config.clip, data, size, config.levels, config.loss_pictures, config.batch_size)
     def real(what, n=None):
-        return counted(read_pictures(data, size, config.batch_size, n, rank, world, pipe.recipe.data, classes), what, progress)
+        read = read_pictures(data, size, config.batch_size, n, rank, world, pipe.recipe.data, classes)
+        return counted(read, what, progress)
     def drawn(what):
         blocks = own_blocks(len(captions), config.batch_size, rank, world)
         return counted(((b, load_pictures(folder, b)) for b in blocks), what, progress)
@@ -269,8 +271,8 @@ def _belongs(key, old, new):
     same_data = not (old['data'] and new['data']) or old.get('files') == new['files']
     return same_data or key in ('clip', 'retrieval')
 
-_KINDS = ('accuracy', 'crisp', 'fit', 'steady', 'open', 'retrieval', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'precision', 'recall', 'density',
-          'coverage', 'loss')
+_KINDS = ('accuracy', 'crisp', 'fit', 'steady', 'open', 'retrieval', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd',
+          'precision', 'recall', 'density', 'coverage', 'loss')
 
 def _warnings(scores): return [*dict.fromkeys(o['warning'] for o in scores.values() if o.get('warning'))]
 

@@ -176,6 +176,10 @@ def options(
     cls:type, # class of settings
 )->list[Option]: # in the order of its fields
     "What a flag or a form field needs to know about every setting of a class."
+    return list(_options(cls))
+
+@lru_cache
+def _options(cls):
     hints, docs = get_type_hints(cls, include_extras=True), {}
     for c in reversed(cls.__mro__):                          # a subclass has the comments of its own fields only
         if is_dataclass(c): docs |= {k: v for k, v in docments(c).items() if v}

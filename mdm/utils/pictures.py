@@ -237,7 +237,7 @@ def text_runs(
         c = ' ' if c.isspace() else c
         if runs and (joined or _belongs_to_the_last(c)):
             if path is None: continue                        # a mark of a letter that is written as its number
-        else: path = font_with(c)
+        else: path = own if c.isascii() and c.isprintable() else font_with(c)
         joined = c == '\u200d'                               # what follows is one picture with what stands before
         part = f' U+{ord(c):04X} ' if path is None else c
         if runs and runs[-1][0] == (path or own): runs[-1][1] += part
