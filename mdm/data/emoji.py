@@ -110,7 +110,8 @@ def draw_emoji(
 
 # %% ../../nbs/2_data/15_emoji.ipynb #ed4c6541
 tint_colours = dict(
-    red=(225, 40, 40), orange=(245, 135, 25), yellow=(250, 210, 40), green=(50, 165, 65), blue=(45, 105, 225), purple=(140, 65, 190), pink=(245, 130, 180), brown=(135, 85, 50), grey=(130, 130, 130))
+    red=(225, 40, 40), orange=(245, 135, 25), yellow=(250, 210, 40), green=(50, 165, 65), blue=(45, 105, 225),
+    purple=(140, 65, 190), pink=(245, 130, 180), brown=(135, 85, 50), grey=(130, 130, 130))
 
 def tint(
     glyph:Image.Image, # RGBA
