@@ -302,3 +302,7 @@ def test_shards_from_before_take_new_pictures(tmp_path, call, refused):
     code, out, err = call('folder', pictures, tmp_path/'s'); assert code == 0 and '4 pictures' in out, err
     table.write_text('file_name,text,score\n0.jpg,one,6\n')
     assert 'changed or gone' in refused('folder', pictures, tmp_path/'s')              # another score is another sample
+
+def test_clips_need_a_square_number_of_frames(tmp_path, capsys):
+    assert mdm_dataset(['moving_shapes', str(tmp_path/'a'), '--frames', '15']) == 2
+    assert '--frames 15: a square number' in capsys.readouterr().err and not (tmp_path/'a').exists()

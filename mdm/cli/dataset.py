@@ -6,7 +6,7 @@
 __all__ = ['mdm_dataset', 'summary']
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #0f62b2e0
-import csv, json, re, shlex, sys, time
+import csv, json, math, re, shlex, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -235,6 +235,8 @@ def _moving_flags(p):
     'mdm_dataset moving_shapes data/test --n 200 --held-out', _moving_flags)
 def _moving_shapes(args):
     "Shards of drawn clips."
+    if math.isqrt(args.frames)**2 != args.frames:
+        raise ValueError(f'--frames {args.frames}: a square number of frames is needed, such as 4 or 16')
     from mdm.data.moving_shapes import clip_sample
     sample = lambda i: clip_sample(i, args.frames, args.size, args.seed, args.held_out, args.plain)
     _write_drawings(args, 'moving_shapes', 'clip', sample, frames=args.frames)
