@@ -16,7 +16,9 @@ cases = dict(
 def two(tmp_path_factory):
     "What two processes made of every case, half of the batch each."
     folder = tmp_path_factory.mktemp('two')
-    codes = finish(start(run_cases, cases, str(folder), log=folder/'log'), 240)
+    for _ in range(2):                                       # gloo's own thread has crashed once (a segfault in pt_gloo_runloop)
+        codes = finish(start(run_cases, cases, str(folder), log=folder/'log'), 240)
+        if min(codes) >= 0: break
     assert codes == [0, 0], (folder/'log.0').read_text()[-3000:] + (folder/'log.1').read_text()[-3000:]
     return {name: torch.load(folder/f'{name}.pt', weights_only=False) for name in cases}
 
