@@ -45,6 +45,7 @@ def _add_share_flags(parser):
     add('--ema', metavar='DECAY', type=float, help='which moving average, where training kept several (the first)')
     add('--device', help='where the pictures are drawn: cpu, cuda, ... (a GPU if there is one)')
 
+# %% ../../nbs/5_edges/08_convert.ipynb #097882b5
 def _share_command(
     args:argparse.Namespace, # of `mdm_convert`, with `--card` or `--push`
 ):

@@ -23,7 +23,7 @@ def split_overrides(
         (overrides if change else files).append(word)
     return files, overrides
 
-# %% ../../nbs/5_edges/06_train.ipynb #3a008f10
+# %% ../../nbs/5_edges/06_train.ipynb #45a4124e
 _examples = '''
 mdm_train shapes --data 'data/shapes/*.tar'
 mdm_train pictures_64 --data 'pictures/{00000..00006}.tar' train.batch_size=32 train.lr=1e-4
@@ -36,6 +36,7 @@ mdm_train --from shapes --data 'new/*.tar' finetune.rank=8 train.steps=400
 mdm_train cc12m_1024x1024 --dry-run-steps 3 train.batch_size=1
 accelerate launch -m mdm.cli.train my_recipe.yaml data.files='[a.tar, b.tar]' train.steps=2000'''
 
+# %% ../../nbs/5_edges/06_train.ipynb #3a008f10
 def _parser():
     "The command line of `mdm_train`."
     about = ('Train a text-to-image model from a recipe: one YAML file that describes model, data and training. '

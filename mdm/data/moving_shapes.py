@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from PIL import Image
-from .shapes import Look, Shape, caption, choose_look, choose_said, colours, held_out, name_thing, paint
+from .shapes import Look, Shape, agreeing, caption, choose_look, choose_said, colours, held_out, name_thing, paint
 from .shapes import plain_words, read_words, shapes, sizes, write_drawings
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #50e83e87
@@ -146,16 +146,11 @@ def parse_moving(
     return {k: said[k] for k in moving_attributes if k in said}
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #6a6d7de2
-@lru_cache(4096)
-def _agreeing(said):
-    fits = lambda o: all(getattr(o, k) == v for k, v in said)
-    return tuple(filter(fits, all_moving_shapes(False))) or tuple(filter(fits, all_moving_shapes(True)))
-
 def agreeing_clips(
     said:dict[str, str], # attribute -> word, as from `parse_moving`
-)->tuple: # every `MovingShape` of training with these attributes; if there is none, those of the whole world
+)->tuple: # every `MovingShape` of training with these attributes; if there is none, those that are held out
     "List what a caption may show."
-    return _agreeing(tuple(sorted(said.items())))
+    return agreeing(said, all_moving_shapes)
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #9e34c18d
 CLIP_RATE = 8   # frames a second at which a clip of moving shapes plays

@@ -10,6 +10,7 @@ __all__ = ['colours', 'shapes', 'sizes', 'positions', 'offset', 'jitter', 'attri
 
 # %% ../../nbs/2_data/01_shapes.ipynb #fb7f62c3
 import hashlib, io, json, random, re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
@@ -239,15 +240,16 @@ def parse_caption(
 
 # %% ../../nbs/2_data/01_shapes.ipynb #1a4a457d
 @lru_cache(4096)
-def _agreeing(said):
+def _agreeing(said, world):
     fits = lambda o: all(getattr(o, k) == v for k, v in said)
-    return tuple(filter(fits, all_shapes(False))) or tuple(filter(fits, all_shapes(True)))
+    return tuple(filter(fits, world(False))) or tuple(filter(fits, world(True)))
 
 def agreeing(
     said:dict[str, str], # attribute -> word, as from `parse_caption`
-)->tuple:                # every `Shape` of training with these attributes; if there is none, those of the whole world
+    world:Callable=all_shapes, # called with False for what training may see, with True for what is held out
+)->tuple: # everything of training with these attributes; if there is none, what is held out
     "List what a caption may show."
-    return _agreeing(tuple(sorted(said.items())))
+    return _agreeing(tuple(sorted(said.items())), world)
 
 # %% ../../nbs/2_data/01_shapes.ipynb #2d00e29e
 def random_shape(

@@ -36,6 +36,13 @@ from ..utils.plugins import load_formats
 from ..utils.ranks import rank_and_world
 from ..utils.sizes import SizeQueues, bucket_sizes, leftover_batches, short_batches
 
+# %% ../../nbs/2_data/05_stream.ipynb #f569140b
+def _filter_rules(c):
+    "A broken rule for each filter that cannot be read."
+    for text in c.filters:
+        try: read_filter(text)
+        except ValueError as e: yield True, 'filters', f'conditions; {e}'
+
 # %% ../../nbs/2_data/05_stream.ipynb #645284a2
 @config_class
 class DataConfig(CaptionConfig):
@@ -66,7 +73,7 @@ class DataConfig(CaptionConfig):
             *caption_rules(self),
             (self.embeddings and own, 'embeddings', 'false where {place}.caption_key, {place}.caption_template or tags '
              'change the captions: stored embeddings are those of the captions as they are (see mdm_dataset embed)'),
-            *self._filter_rules(),
+            *_filter_rules(self),
             (self.image_size < 1, 'image_size', 'a number above 0'),
             (self.workers < 0, 'workers', '0 or more'),
             (self.shuffle < 0, 'shuffle', '0 or more'),
@@ -75,12 +82,6 @@ class DataConfig(CaptionConfig):
             (not weights_fit, 'weights', f'one number above 0 for each of the {n} entries of {{place}}.files, or null'),
             (self.cache_gb <= 0, 'cache_gb', 'a number above 0'),
             *_bucket_rules(self), *_clip_rules(self)]
-
-    def _filter_rules(self):
-        "A broken rule for each filter that cannot be read."
-        for text in self.filters:
-            try: read_filter(text)
-            except ValueError as e: yield True, 'filters', f'conditions; {e}'
 
 # %% ../../nbs/2_data/05_stream.ipynb #06c7d456
 @patch(as_prop=True)

@@ -450,6 +450,7 @@ def _make_side_fields(self:SamplerWidget):
     self.compare.observe(toggle, 'value')
     self.vary.observe(choose, 'value')
 
+# %% ../../nbs/4_use/16_sampler_widget.ipynb #9ebf4b44
 @patch
 def _offer_vary(self:SamplerWidget):
     "List what can be varied: the settings of sampling, and the strengths of adapters."
@@ -458,6 +459,7 @@ def _offer_vary(self:SamplerWidget):
     self.vary.options = [('no setting', ''), *names.items()]
     self.vary.value = kept or ''
 
+# %% ../../nbs/4_use/16_sampler_widget.ipynb #d3e262f2
 @patch
 def _add_adapter(self:SamplerWidget, controls, path):
     "Add an adapter that was typed, and use it."
