@@ -8,8 +8,8 @@ from mdm.cli.dataset import mdm_dataset
 from mdm.data import clips as clips_module
 from mdm.data.clips import BAD_CLIP, HUGE_CLIP, NO_READER, NO_VIDEO, SHORT_CLIP, SLOW_CLIP, STILL, ClipError, choose_frames, open_video
 from mdm.data.inspect import find_duplicates, inspect_shards, split_shards
-from mdm.data.samples import NO_PICTURE, ClipPlan, Skip, load_clip
-from mdm.data.shards import write_folder
+from mdm.data.samples import NO_CAPTION, NO_PICTURE, ClipPlan, Skip, load_clip
+from mdm.data.shards import ORPHAN, write_folder
 from mdm.data.stream import DataConfig
 from mdm.models.clips import from_tiles
 from mdm.utils.configs import violations
@@ -226,6 +226,39 @@ def test_folder_of_clips(tmp_path, mp4, capsys):
     train, valid = split_shards([tmp_path/'out'], tmp_path/'split', percent=34)
     assert [sum(o['samples'] for o in m['shards'].values()) for m in (train, valid)] == [2, 1]
 
+
+def put_frames(folder, *names):
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names): Image.new('RGB', (16, 16), (40*i, 0, 0)).save(folder/name)
+
+def test_folders_of_numbered_frames_are_clips(tmp_path):
+    "By number and not by name; with a caption beside the folder or in a table; trained on like any clip."
+    videos = tmp_path/'videos'
+    put_frames(videos/'a.b', 'f_9.png', 'f_10.png', 'f_11.png', 'f_100.png')
+    put_frames(videos/'deep'/'c', '1.jpg', '2.jpg', '3.jpg', '4.jpg')
+    (videos/'a.b.txt').write_text('it grows red')
+    (videos/'deep'/'metadata.csv').write_text('file_name,text\nc,it grows red as well\n')
+    manifest = write_folder(videos, tmp_path/'out', clips=True)
+    assert (manifest['skipped'], sum(o['samples'] for o in manifest['shards'].values())) == ({}, 2)
+    batches = quiet(load([str(tmp_path/'out'/'*.tar')], 1, image_size=16, frames=4))
+    assert sorted(b[1][0] for b in batches) == ['it grows red', 'it grows red as well']
+    for x, *_ in batches:
+        red = from_tiles(x[0], 4)[:, 0].float().mean((-1, -2))
+        assert (red - torch.arange(4)*40).abs().max() < 3
+    (videos/'a.b'/'f_10.png').write_bytes(b'broken')
+    with pytest.raises(FileExistsError, match='changed or gone'): write_folder(videos, tmp_path/'out', clips=True)
+
+@pytest.mark.parametrize('beside, skipped', [
+    ('walk/w_1.txt', {STILL: 1, NO_CAPTION: 1}), ('other.txt', {NO_CAPTION: 2, ORPHAN: 1}), ('walk.txt', {BAD_CLIP: 1})])
+def test_what_is_no_folder_of_frames(tmp_path, mp4, beside, skipped):
+    "A picture with a caption of its own is no frame; numbered pictures without any caption are none either; a broken frame is counted."
+    put_frames(tmp_path/'v'/'walk', 'w_1.png', 'w_2.png')
+    (tmp_path/'v'/beside).write_text('somebody walks')
+    if beside == 'walk.txt': (tmp_path/'v'/'walk'/'w_1.png').write_bytes(b'broken')
+    (tmp_path/'v'/'good.mp4').write_bytes(mp4)
+    (tmp_path/'v'/'good.txt').write_text('good')
+    found = dict(write_folder(tmp_path/'v', tmp_path/'out', clips=True)['skipped'])
+    assert found == skipped
 
 def test_a_folder_of_videos_names_the_flag(tmp_path, mp4):
     (tmp_path/'in').mkdir()
