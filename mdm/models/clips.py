@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['to_tiles', 'from_tiles', 'ClipScale', 'scale_frames', 'resolution_names', 'ClipUNetConfig', 'Rotary',
-           'attend_briefly', 'FrameAttention', 'TemporalAttention', 'ClipLevel', 'over_frames', 'ClipUNet',
-           'split_clips', 'join_clips', 'for_animate']
+           'FrameAttention', 'TemporalAttention', 'ClipLevel', 'over_frames', 'ClipUNet', 'split_clips', 'join_clips',
+           'for_animate']
 
 # %% ../../nbs/1_model/12_clips.ipynb #3ce3b617
 import torch
@@ -166,19 +166,6 @@ class Rotary(nn.Module):
         a, b = x.view(*x.shape[:2], -1, len(self.freqs), 2).unbind(-1)
         return torch.stack([a*cos - b*sin, b*cos + a*sin], -1).flatten(2)
 
-# %% ../../nbs/1_model/12_clips.ipynb #5724d569
-def attend_briefly(
-    q:Tensor, # queries [N,F,C]
-    k:Tensor, # keys [N,F,C]
-    v:Tensor, # values [N,F,C]
-    num_heads:int, # heads; divides C
-)->Tensor: # weighted means of the values [N,F,C]
-    "Compute multi-head attention in many short sequences."
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or q.shape[1] > 64: return attend(q, k, v, num_heads)
-    q, k, v = (rearrange(o, 'n f (h d) -> (n h) f d', h=num_heads) for o in (q, k, v))
-    weights = torch.softmax(q@k.mT*q.shape[-1]**-.5, -1)
-    return rearrange(weights@v, '(n h) f d -> n f (h d)', h=num_heads)
-
 # %% ../../nbs/1_model/12_clips.ipynb #6017f195
 class FrameAttention(TextAttention):
     "Self-attention among the frames at one pixel, with a residual."
@@ -195,7 +182,7 @@ class FrameAttention(TextAttention):
         "Let every frame attend to all."
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=2)
         if hasattr(self, 'pos_emb'): q, k = self.pos_emb(q), self.pos_emb(k)
-        return x + self.proj_out(attend_briefly(q, k, v, self.num_heads))
+        return x + self.proj_out(attend(q, k, v, self.num_heads))
 
 # %% ../../nbs/1_model/12_clips.ipynb #e074586d
 class TemporalAttention(nn.Module):

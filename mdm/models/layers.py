@@ -76,7 +76,20 @@ def attend(
     "Compute multi-head attention with an optional mask over the keys."
     q, k, v = (rearrange(o, 'b n (h d) -> b h n d', h=num_heads) for o in (q, k, v))
     if mask is not None: mask = (mask > 0)[:, None, None]
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 'b h n d -> b n (h d)')
+    out = _attend_plainly(q, k, v, mask) if _is_brief(q, k) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(out, 'b h n d -> b n (h d)')
+
+def _is_brief(q, k):
+    "Is the plain formula faster than the fused kernel? See `tests/bench/attention.py`."
+    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return False
+    return q.shape[2]*k.shape[2] <= (128 if torch.is_grad_enabled() else 16)**2
+
+def _attend_plainly(q, k, v, mask):
+    "The formula above, for heads [B,h,Q,d]."
+    scores = q@k.mT*q.shape[-1]**-.5
+    if mask is None: return scores.softmax(-1)@v
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1)@v)*mask.any(-1, keepdim=True)
 
 # %% ../../nbs/1_model/02_layers.ipynb #136d8933
 class Attention(nn.Module):
