@@ -10,7 +10,7 @@ from mdm.cli.dataset import mdm_dataset
 from mdm.cli.command import add_config_flags
 from mdm.utils.progress import progress_bar
 from mdm.cli.convert import mdm_convert
-from mdm.cli.demo import mdm_demo
+from mdm.cli.demo import demos, mdm_demo
 from mdm.cli.evaluate import mdm_evaluate
 from mdm.cli.sample import mdm_sample
 from mdm.cli.train import mdm_train
@@ -560,15 +560,19 @@ def test_demo(tmp_path, call):
     assert call(mdm_demo, '--output', out, *tiny, '--steps', 2)[0] == 0
     assert steps(out/'run') == ['step_00000002'] and (out/'mine.txt').read_text() == 'mine'
 
-tiny_clips = '''model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.channels=[8,8] model.inner.inner.num_resnets=[1,1] model.inner.inner.num_attention_layers=[0,1] model.num_groups=4
-    model.inner.num_groups=4 model.inner.inner.num_groups=4 model.time_dim=16 model.inner.time_dim=16 model.inner.inner.time_dim=16 model.inner.inner.num_text_layers=0 text.dim=8 train.batch_size=4 train.bf16=false
-    train.preview_prompts=[] sample.steps=1 sample.guidance=1'''.split()
+def tiny_stages():
+    "Overrides that make the networks of `mdm_demo --clips` small in all four stages."
+    nets = ['channels=[8,8] num_attention_layers=[0,1] num_text_layers=0', 'channels=[8,8,8] num_attention_layers=[0,0,1] num_temporal_attention_layers=[1,0,0]', 'channels=[8,8,8]', 'channels=[8,8]']
+    for stage, name in enumerate(o for o in demos[True].stages.split(',')):
+        for i in range(stage + 1):
+            yield from (f"{name}:model{'.inner'*(stage - i)}.{o}" for o in (nets[i] + ' num_groups=4 time_dim=16').split())
+    yield from 'text.dim=8 train.batch_size=4 train.bf16=false train.preview_prompts=[] sample.steps=1 sample.guidance=1'.split()
 
 def test_demo_of_clips(tmp_path, call, monkeypatch):
     "With --clips: moving shapes, a model of clips, their judge, a sheet of strips and a film; beside the demo of pictures."
     monkeypatch.chdir(tmp_path)
     (tmp_path/'demo'/'run').mkdir(parents=True)
-    code, told, err = call(mdm_demo, '--clips', *tiny_clips, '--steps', 2, '--seed', 1)
+    code, told, err = call(mdm_demo, '--clips', *tiny_stages(), '--steps', 2, '--seed', 1)
     assert code == 0, err
     out = Path('demo/clips')
     results = json.loads((out/'samples'/'accuracy.json').read_text())
@@ -583,6 +587,7 @@ def test_demo_of_clips(tmp_path, call, monkeypatch):
         seen = [json.loads(tar.extractfile(o).read()) for o in names if o.endswith('.json')]
     assert len(seen) == 8 and len(names) == 8*18 and not any(held_out(argparse.Namespace(**o)) for o in seen)
     assert load_checkpoint(out/'run').recipe.train.seed == 1 and (tmp_path/'demo'/'run').exists()
+    assert 'in 4 stages for 2 + 2 + 2 + 2 steps' in told and load_checkpoint(out/'run').recipe.model.inner_from == str(out/'stages'/'moving_shapes_16')
 
 def test_demo_leaves_others_alone(tmp_path, refused):
     (tmp_path/'samples').mkdir(); (tmp_path/'samples'/'photo.jpg').write_text('mine')

@@ -138,14 +138,14 @@ tiny = '''model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.
     model.inner.inner.num_groups=4 model.time_dim=16 model.inner.time_dim=16 model.inner.inner.time_dim=16 model.inner.inner.num_text_layers=0 text.dim=8 data.image_size=8 train.bf16=false sample.steps=2'''.split()
 
 @pytest.fixture(scope='module')
-def recipe(): return load_recipe('moving_shapes', tiny)
+def recipe(): return load_recipe('moving_shapes_16', tiny)
 
 def test_the_preset_is_a_nest_of_clips():
     "Forward, loss and a step of sampling of the preset as it is, on random clips."
     recipe = load_recipe('moving_shapes')
     model = create_model(recipe.model, recipe.text.dim)
     scales = model_scales(recipe.model)
-    assert [type(o) for o in (model, model.inner_unet)] == [ClipUNet]*2 and scales[0].frames == recipe.data.frames == 16
+    assert [type(o) for o in (model, model.inner_unet, model.inner_unet.inner_unet)] == [ClipUNet]*3 and scales[0].frames == recipe.data.frames == 16
     d, side, words = Diffusion(recipe.diffusion, model.scales), recipe.data.side, torch.randn(1, 4, recipe.text.dim)
     loss = d.loss(model, torch.rand(1, 3, side, side)*2 - 1, words, torch.ones(1, 4))
     assert loss.loss.isfinite() and [o.shape[-1] for o in loss.preds] == [side*s//scales[0] for s in scales]
@@ -164,7 +164,7 @@ def test_recipes_of_clips_are_read_and_written(recipe, tmp_path):
     ('model.inner.temporal_mode=false', 'model.inner.temporal_positional_encoding: found True; only a network of clips'),
     ('model.inner.inner.temporal_mode=true', 'model.inner.inner.temporal_mode: only a nested model')])
 def test_recipes_check_clips(change, said):
-    with pytest.raises(RecipeError) as e: load_recipe('moving_shapes', [*tiny, change])
+    with pytest.raises(RecipeError) as e: load_recipe('moving_shapes_16', [*tiny, change])
     assert said in str(e.value)
 
 def test_a_picture_model_takes_no_clips():
@@ -181,7 +181,7 @@ def test_a_picture_model_becomes_the_innermost_network(recipe, tmp_path):
     alone = build_recipe(values)
     trained = lively(create_model(alone.model, 8))
     path = save_checkpoint(tmp_path/'pictures', alone, trained.state_dict())
-    clips = load_recipe('moving_shapes', [*tiny, f'model.inner.inner_from={path}'])
+    clips = load_recipe('moving_shapes_16', [*tiny, f'model.inner.inner_from={path}'])
     model = build_model(clips, 8).eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     words = torch.randn(2, 4, 8)
@@ -245,7 +245,7 @@ def pipe(recipe):
 
 def test_training_steps_previews_and_samples(recipe, tmp_path):
     "Two steps on random clips, a sheet of previews that plays, and a checkpoint from which mdm_sample draws."
-    r = load_recipe('moving_shapes', [*tiny, f'train.output={tmp_path/"run"}', 'train.batch_size=2', 'train.steps=2', 'train.warmup_steps=0', 'train.preview_every=2', 'train.save_every=2', 'train.compile=false'])
+    r = load_recipe('moving_shapes_16', [*tiny, f'train.output={tmp_path/"run"}', 'train.batch_size=2', 'train.steps=2', 'train.warmup_steps=0', 'train.preview_every=2', 'train.save_every=2', 'train.compile=false'])
     dls, encoder = random_data(r, 2)
     pictures = next(iter(dls.train))[0]
     assert pictures.shape == (2, 3, 32, 32)

@@ -33,7 +33,7 @@ def nested(**kwargs): return with_('model', dict(plain, time_dim=128, inner=plai
 
 def test_presets_are_those_promised():
     assert presets() == ['cc12m_1024x1024', 'cc12m_256x256', 'cc12m_64x64', 'emoji', 'emoji_32', 'imagenet_64', 'moving_shapes',
-                         'pictures_64', 'shapes']
+                         'moving_shapes_1', 'moving_shapes_16', 'moving_shapes_4', 'pictures_64', 'shapes']
 
 @pytest.mark.parametrize('name', presets())
 def test_preset_survives_a_round_trip(name, tmp_path):

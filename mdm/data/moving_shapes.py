@@ -64,23 +64,26 @@ def all_moving_shapes(
 def moved(
     look:Look, # of the first frame
     motion:str, # a key of `motions`
-    share:float, # of the motion that has been made, 0 to 1
+    share:float, # of the motion that has been made since; below 0: of an earlier frame
 )->Look: # of a later frame
     "Find how a shape looks after a part of its motion."
     change = motions[motion]
     return look._replace(right=look.right + share*change.get('right', 0), down=look.down + share*change.get('down', 0),
                          radius=look.radius*change.get('scale', 1)**share, turn=round(share*change.get('turn', 0)))
 
+_begun = 'left', 'right', 'up', 'down', 'shrinks'           # may have been going on before the first frame
+
 def draw_clip(
     shape:MovingShape, # what to draw
-    frames:int=16, # how many frames; the motion is complete in the last one
+    frames:int=16, # how many frames; between the first and the last lies one whole motion
     size_px:int=32, # side of a frame in pixels
     rng:random.Random|None=None, # where the jitter comes from; None: no jitter
     share:float=1., # share of the jitter
 )->list[Image.Image]: # RGB frames of size_px by size_px
     "Draw a clip; what varies, varies from clip to clip and not from frame to frame."
     look = choose_look(shape.first, rng, share)
-    return [paint(shape.shape, moved(look, shape.motion, i/max(frames - 1, 1)), size_px) for i in range(frames)]
+    before = rng.uniform(0, .8) if rng and shape.motion in _begun else 0
+    return [paint(shape.shape, moved(look, shape.motion, i/max(frames - 1, 1) - before), size_px) for i in range(frames)]
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #124ec596
 _verbs = {
@@ -138,7 +141,7 @@ def parse_moving(
     if len(motion) > 1:
         raise ValueError(f'parse_moving: the caption {caption!r} names two motions ({", ".join(motion)}); name one')
     if other := [v for k, v in said.items() if k not in moving_attributes]:
-        raise ValueError(f'parse_moving: {caption!r} says {other[0]!r}, but all clips begin with a small shape in the centre')
+        raise ValueError(f'parse_moving: {caption!r} says {other[0]!r}, but clips of moving shapes have no words for size and place')
     if motion: said['motion'] = motion[0]
     if not said:
         raise ValueError(f'parse_moving: the caption {caption!r} names no attribute ({", ".join(moving_attributes)})')

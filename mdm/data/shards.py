@@ -335,7 +335,7 @@ def _walk(folder, without, follow=False):
             if path.is_file(): yield (inside/name).as_posix(), path.stat()
             else: yield (inside/name).as_posix(), DEAD_LINK if path.is_symlink() else OTHER_FILE
 
-# %% ../../nbs/2_data/08_shards.ipynb #fb33cca7
+# %% ../../nbs/2_data/08_shards.ipynb #f4a3e505
 def _has_caption(file, files):
     "Is there a caption beside a picture?"
     stem = file.rsplit('.', 1)[0]
@@ -359,6 +359,7 @@ def _group_frames(captions, folders, files):
             used.update(frames)
     return used
 
+# %% ../../nbs/2_data/08_shards.ipynb #fb33cca7
 def _left_out(files, captions, frames=()):
     "Reason -> for the files that are no pictures and of no use to one."
     stems = {f.rsplit('.', 1)[0] for f in captions}
