@@ -488,7 +488,7 @@ def mover():
     "A random model of clips: 16 frames of 8 pixels around 4 around 1."
     nest = [f'model.{"inner."*k}{o}' for k in range(3) for o in ('num_groups=4', 'time_dim=16')]
     recipe = load_recipe('moving_shapes_16', [*nest, *'model.channels=[8,8,8] model.inner.channels=[8,8,8] model.inner.inner.channels=[8,8] model.inner.inner.num_resnets=[1,1] model.inner.inner.num_attention_layers=[0,1]'.split(),
-        'model.inner.inner.num_text_layers=0', 'text.dim=8', 'data.image_size=8', 'train.bf16=false', 'sample.steps=3'])
+        'model.inner.inner.num_text_layers=0', 'text.dim=8', 'data.image_size=8', 'train.bf16=false', 'sample.steps=3', 'sample.guidance=3', 'diffusion.prediction=eps'])        # x0 would be 0 in every frame
     torch.manual_seed(0)
     return MDMPipeline(create_model(recipe.model, 8), recipe, device='cpu')
 
