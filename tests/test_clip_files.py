@@ -9,7 +9,7 @@ from mdm.data import clips as clips_module
 from mdm.data.clips import BAD_CLIP, HUGE_CLIP, NO_READER, NO_VIDEO, SHORT_CLIP, SLOW_CLIP, STILL, ClipError, choose_frames, open_video
 from mdm.data.inspect import find_duplicates, inspect_shards, split_shards
 from mdm.data.samples import NO_CAPTION, NO_PICTURE, ClipPlan, Skip, load_clip
-from mdm.data.shards import ORPHAN, write_folder
+from mdm.data.shards import ORPHAN, read_frames, write_folder
 from mdm.data.stream import DataConfig
 from mdm.models.clips import from_tiles
 from mdm.utils.configs import violations
@@ -237,6 +237,7 @@ def test_folders_of_numbered_frames_are_clips(tmp_path):
     put_frames(videos/'a.b', 'f_9.png', 'f_10.png', 'f_11.png', 'f_100.png')
     put_frames(videos/'deep'/'c', '1.jpg', '2.jpg', '3.jpg', '4.jpg')
     (videos/'a.b.txt').write_text('it grows red')
+    (videos/'a.b'/'._f_9.png').write_bytes(b'left by another system')
     (videos/'deep'/'metadata.csv').write_text('file_name,text\nc,it grows red as well\n')
     manifest = write_folder(videos, tmp_path/'out', clips=True)
     assert (manifest['skipped'], sum(o['samples'] for o in manifest['shards'].values())) == ({}, 2)
@@ -245,6 +246,8 @@ def test_folders_of_numbered_frames_are_clips(tmp_path):
     for x, *_ in batches:
         red = from_tiles(x[0], 4)[:, 0].float().mean((-1, -2))
         assert (red - torch.arange(4)*40).abs().max() < 3
+    (videos/'empty').mkdir()
+    with pytest.raises(Skip, match='cannot be read'): read_frames(videos/'empty')
     (videos/'a.b'/'f_10.png').write_bytes(b'broken')
     with pytest.raises(FileExistsError, match='changed or gone'): write_folder(videos, tmp_path/'out', clips=True)
 

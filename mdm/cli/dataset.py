@@ -186,7 +186,7 @@ def _drawing_flags(p, what, n, size):
         help='captions that name all attributes, and drawings that vary half as much: learnt in fewer steps')
     _add_sizes(p)
 
-def _write_drawings(args, kind, what, sample, extra=None, more='', **settings):
+def _write_drawings(args, kind, what, sample, extra=None, more='', train=None, **settings):
     "Write shards of samples that are drawn on the spot; `sample(i)` draws one."
     if args.n < 1 or args.size < 16:
         raise ValueError(f'--n {args.n} --size {args.size}: at least 1 {what} and 16 pixels are needed')
@@ -198,7 +198,7 @@ def _write_drawings(args, kind, what, sample, extra=None, more='', **settings):
     with ShardWriter(args.folder, config, settings, _command_line(args), extra) as writer:
         for i in items_bar(range(writer.position, args.n), f'{what}s', args.n, done=writer.position):
             writer.add(i, sample(i))
-    _report(writer.manifest, args.folder, args, f'mdm_train {kind} --data {_tars_in(args.folder)}{more}')
+    _report(writer.manifest, args.folder, args, f'mdm_train {train or kind} --data {_tars_in(args.folder)}{more}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #ad34f995
 def _shapes_flags(p):
@@ -240,7 +240,7 @@ def _moving_shapes(args):
         raise ValueError(f'--frames {args.frames}: a square number of frames is needed, such as 4 or 16')
     from mdm.data.moving_shapes import clip_sample
     sample = lambda i: clip_sample(i, args.frames, args.size, args.seed, args.held_out, args.plain)
-    _write_drawings(args, 'moving_shapes', 'clip', sample, frames=args.frames)
+    _write_drawings(args, 'moving_shapes', 'clip', sample, train=f'--stages {clip_stages}', frames=args.frames)
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #46556bed
 def _emoji_flags(p):

@@ -10,7 +10,7 @@ import argparse, json, shlex, shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
-from .command import at_least, check_output, make_parser, run_command
+from .command import at_least, check_output, clip_stages, make_parser, run_command
 from .sample import make_sheet, sample_with_bar, save_png
 
 # %% ../../nbs/5_edges/09_demo.ipynb #e046a4b4
@@ -28,8 +28,7 @@ class Demo(NamedTuple):
         return self.stages.rpartition(',')[2]
 
 demos = {False: Demo('shapes', 'pictures', 'a large red cross in the centre on a white background', 16_000, 128, 'demo'),
-         True: Demo('moving_shapes_1,moving_shapes_4,moving_shapes_16,moving_shapes', 'clips',
-                     'a red cross moves left on a white background', 8_000, 64, 'demo/clips')}
+         True: Demo(clip_stages, 'clips', 'a red cross moves left on a white background', 8_000, 64, 'demo/clips')}
 
 # %% ../../nbs/5_edges/09_demo.ipynb #892e3723
 def clean_demo(
@@ -178,7 +177,8 @@ def mdm_demo(
         'training, and count how often it is right.',
         'mdm_demo\nmdm_demo --output elsewhere --steps 500\nmdm_demo --clips')
     add = parser.add_argument
-    add('rest', metavar='key=value', nargs='*', help='change a value of the recipe, as for mdm_train')
+    add('rest', metavar='key=value', nargs='*', help='change a value of the recipe, as for mdm_train; with --clips in all stages, '
+        'or in one: moving_shapes_4:train.lr=1e-3')
     add('--clips', action='store_true', help='draw clips of shapes that move: the recipe moving_shapes, in its four stages, in place of shapes')
     add('--output', metavar='FOLDER',
         help='folder; what an earlier demo left in it is replaced (demo; with --clips demo/clips)')

@@ -39,7 +39,7 @@ class MovingShape:
         if why := _unseen(asdict(self)): raise ValueError(f'MovingShape: {why}')
 
     @property
-    def first(self)->Shape: # what the first frame shows
+    def first(self)->Shape: # what the first frame shows when the whole motion follows
         return Shape(self.colour, self.shape, 'small', 'centre', self.background)
 
 def _unseen(said):
@@ -62,7 +62,7 @@ def all_moving_shapes(
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #40c14713
 def moved(
-    look:Look, # of the first frame
+    look:Look, # of a frame
     motion:str, # a key of `motions`
     share:float, # of the motion that has been made since; below 0: of an earlier frame
 )->Look: # of a later frame
@@ -77,7 +77,7 @@ def draw_clip(
     shape:MovingShape, # what to draw
     frames:int=16, # how many frames; between the first and the last lies one whole motion
     size_px:int=32, # side of a frame in pixels
-    rng:random.Random|None=None, # where the jitter comes from; None: no jitter
+    rng:random.Random|None=None, # where the jitter and the beginning come from; None: no jitter, and the motion begins in the first frame
     share:float=1., # share of the jitter
 )->list[Image.Image]: # RGB frames of size_px by size_px
     "Draw a clip; what varies, varies from clip to clip and not from frame to frame."

@@ -260,9 +260,10 @@ def frame_folders(
 def read_frames(
     folder:Path, # with numbered pictures
 )->dict[str, bytes]: # pictures by extension, such as '000000.jpg'
-    "Read the clip of a folder of numbered frames."
-    (files,) = frame_folders(f'frames/{o.name}' for o in folder.iterdir() if o.is_file()).values()
-    names = [o.rpartition('/')[2] for o in files]
+    "Read the clip of a folder of numbered frames. Raises `Skip` when there is none."
+    found = frame_folders(f'frames/{o.name}' for o in folder.iterdir() if o.is_file() and o.name[0] != '.')
+    if not found: raise Skip(UNREADABLE)                     # the folder has changed since it was listed
+    names = [o.rpartition('/')[2] for o in found['frames']]
     return {f'{i:06d}{Path(n).suffix.lower()}': (folder/n).read_bytes() for i, n in enumerate(names)}
 
 # %% ../../nbs/2_data/08_shards.ipynb #e6310e28
