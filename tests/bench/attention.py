@@ -2,7 +2,7 @@
 
     python tests/bench/attention.py [--batch 32] [--heads 8]
 
-Milliseconds of this process (`time.process_time`), the least of five. `mdm.models.layers.attend` takes the plain formula in bfloat16 for at most 128 x 128 pairs of queries and keys."""
+Milliseconds of this process (`time.process_time`), the least of five. `mdm.models.layers.attend` takes the plain formula in bfloat16 training for at most 128 x 128 pairs of queries and keys."""
 import argparse, sys, time
 from pathlib import Path
 import torch
