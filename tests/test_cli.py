@@ -7,10 +7,10 @@ from PIL import Image
 import mdm.all
 from mdm.checkpoint import load_checkpoint
 from mdm.cli.dataset import mdm_dataset
-from mdm.cli.command import add_config_flags
+from mdm.cli.command import add_config_flags, clip_stages
 from mdm.utils.progress import progress_bar
 from mdm.cli.convert import mdm_convert
-from mdm.cli.demo import demos, mdm_demo
+from mdm.cli.demo import mdm_demo
 from mdm.cli.evaluate import mdm_evaluate
 from mdm.cli.sample import mdm_sample
 from mdm.cli.train import mdm_train
@@ -563,7 +563,7 @@ def test_demo(tmp_path, call):
 def tiny_stages():
     "Overrides that make the networks of `mdm_demo --clips` small in all four stages."
     nets = ['channels=[8,8] num_attention_layers=[0,1] num_text_layers=0', 'channels=[8,8,8] num_attention_layers=[0,0,1] num_temporal_attention_layers=[1,0,0]', 'channels=[8,8,8]', 'channels=[8,8]']
-    for stage, name in enumerate(o for o in demos[True].stages.split(',')):
+    for stage, name in enumerate(clip_stages.split(',')):
         for i in range(stage + 1):
             yield from (f"{name}:model{'.inner'*(stage - i)}.{o}" for o in (nets[i] + ' num_groups=4 time_dim=16').split())
     yield from 'text.dim=8 train.batch_size=4 train.bf16=false train.preview_prompts=[] sample.steps=1 sample.guidance=1'.split()

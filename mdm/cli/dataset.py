@@ -121,8 +121,8 @@ def _folder_flags(p):
     'several times has several captions, and training uses each in its turn. Pictures '
     'are copied as they are, unless training could not read them. Every file that is not used is counted, and named in '
     'skipped.tsv. The same command packs pictures that were added to the folder since into further shards. With --clips, '
-    'it packs videos (.mp4, .mov, .webm, .mkv), animated pictures, and folders of numbered frames (dance/0001.jpg and so on, '
-    'with dance.txt) instead. With --classes, every folder in the folder is '
+    'it packs videos (.mp4, .mov, .webm, .mkv), animated pictures, and folders of numbered frames (dance/0001.jpg and '
+    'so on, with dance.txt) instead. With --classes, every folder in the folder is '
     'a class; its name is the caption of its pictures, and for text.encoder=classes also their class.',
     'mdm_dataset folder photos data/photos\n'
     'mdm_dataset folder photos data/small --resize 512 --per-shard 5000\n'

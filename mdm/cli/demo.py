@@ -56,11 +56,8 @@ def demo_recipes(
     if args.steps is not None:
         warmup = min(args.steps, load_recipe(demo.preset).train.warmup_steps)
         changes += [f'train.steps={args.steps}', f'train.warmup_steps={warmup}']
-    recipes, inside = stage_recipes(demo.stages, changes), None
-    for r in recipes:
-        r.train.output = str(folder/('run' if r is recipes[-1] else f'stages/{r.name}'))
-        if inside: r.model.inner_from = inside
-        inside = r.train.output
+    recipes = stage_recipes(demo.stages, changes, folder/'stages')
+    recipes[-1].train.output = str(folder/'run')
     return recipes
 
 # %% ../../nbs/5_edges/09_demo.ipynb #beea8a57
@@ -163,7 +160,8 @@ def _demo_command(
             seconds += learn.seconds
         print(f'3. Drawing {demo.captions} captions whose combination of colour, shape and background was not in the '
               f'training {demo.things}', flush=True)
-        right = draw_captions(out/'run', out/'samples', demo.captions, seed=args.seed, training_seconds=round(seconds, 1))
+        right = draw_captions(out/'run', out/'samples', demo.captions, seed=args.seed,
+                              training_seconds=round(seconds, 1))
         _report(demo, out, learn, seconds, right)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #a25faf0b
@@ -177,9 +175,10 @@ def mdm_demo(
         'training, and count how often it is right.',
         'mdm_demo\nmdm_demo --output elsewhere --steps 500\nmdm_demo --clips')
     add = parser.add_argument
-    add('rest', metavar='key=value', nargs='*', help='change a value of the recipe, as for mdm_train; with --clips in all stages, '
-        'or in one: moving_shapes_4:train.lr=1e-3')
-    add('--clips', action='store_true', help='draw clips of shapes that move: the recipe moving_shapes, in its four stages, in place of shapes')
+    add('rest', metavar='key=value', nargs='*', help='change a value of the recipe, as for mdm_train; with --clips in '
+        'all stages, or in one: moving_shapes_4:train.lr=1e-3')
+    add('--clips', action='store_true',
+        help='draw clips of shapes that move: the recipe moving_shapes, in its four stages, in place of shapes')
     add('--output', metavar='FOLDER',
         help='folder; what an earlier demo left in it is replaced (demo; with --clips demo/clips)')
     add('--steps', type=at_least(1), help="optimizer steps (the recipe's)")

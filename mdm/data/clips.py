@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAD_CLIP', 'NO_VIDEO', 'SHORT_CLIP', 'SLOW_CLIP', 'HUGE_CLIP', 'STILL', 'NO_READER', 'MOST_PIXELS', 'VIDEOS',
-           'ANIMATIONS', 'ClipError', 'is_clip_file', 'choose_frames', 'Clip', 'open_numbered', 'film_strip',
-           'open_animation', 'open_video']
+           'ANIMATIONS', 'FRAME_KINDS', 'ClipError', 'is_clip_file', 'choose_frames', 'Clip', 'open_numbered',
+           'film_strip', 'open_animation', 'open_video']
 
 # %% ../../nbs/0_ground/13_clips.ipynb #eedaaaed
 import io, re
@@ -32,12 +32,13 @@ MOST_PIXELS = 50_000_000   # of a frame: more than 8K video has
 # %% ../../nbs/0_ground/13_clips.ipynb #a2e7d108
 VIDEOS = ('mp4', 'm4v', 'mov', 'webm', 'mkv')   # extensions of videos
 ANIMATIONS = ('gif', 'webp', 'apng', 'png', 'avif')   # extensions of pictures that may be animations
+FRAME_KINDS = 'png|jpe?g|webp|bmp'   # expression for the extensions of numbered frames
 
 def is_clip_file(
     ext:str, # extension of a file of a sample, in lower case, such as 'mp4' or '000.png'
 )->bool:
     "Is a file a video, or one of a clip's numbered frames?"
-    return ext in VIDEOS or bool(re.fullmatch(r'\d{1,6}\.(png|jpe?g|webp|bmp)', ext))
+    return ext in VIDEOS or bool(re.fullmatch(rf'\d{{1,6}}\.({FRAME_KINDS})', ext))
 
 # %% ../../nbs/0_ground/13_clips.ipynb #bc582d04
 def choose_frames(

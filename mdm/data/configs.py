@@ -31,7 +31,7 @@ class FolderConfig(PicturesConfig):
     caption_column: str|None = None # in tables: column with the captions, or several with their shares, such as 'short:1, long:3'; not given: it is guessed
     caption_key: str|None = None # in .json files: keys with captions ('txt': the text file), such as 'short:1, long:3'; not given: the usual places
     caption_lines: bool = False # every line of a text file is a caption of its own
-    clips: bool = False # pack videos, animated GIF, WebP and PNG files, and folders of numbered frames, instead of pictures
+    clips: bool = False # pack videos, animated pictures and folders of numbered frames, instead of pictures
     classes: bool = False # every folder in the folder is a class, with its pictures; captions are the names of the folders
     caption_names: bool = False # pictures without another caption take their file names: red_apple-02.jpg shows a red apple
     follow_links: bool = False # follow links to folders; a folder that is reached twice is read once

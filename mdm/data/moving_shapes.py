@@ -77,13 +77,14 @@ def draw_clip(
     shape:MovingShape, # what to draw
     frames:int=16, # how many frames; between the first and the last lies one whole motion
     size_px:int=32, # side of a frame in pixels
-    rng:random.Random|None=None, # where the jitter and the beginning come from; None: no jitter, and the motion begins in the first frame
+    rng:random.Random|None=None, # where the jitter and the beginning come from; None: no jitter, and the whole motion
     share:float=1., # share of the jitter
 )->list[Image.Image]: # RGB frames of size_px by size_px
     "Draw a clip; what varies, varies from clip to clip and not from frame to frame."
     look = choose_look(shape.first, rng, share)
     before = rng.uniform(0, .8) if rng and shape.motion in _begun else 0
-    return [paint(shape.shape, moved(look, shape.motion, i/max(frames - 1, 1) - before), size_px) for i in range(frames)]
+    shares = [i/max(frames - 1, 1) - before for i in range(frames)]
+    return [paint(shape.shape, moved(look, shape.motion, o), size_px) for o in shares]
 
 # %% ../../nbs/2_data/16_moving_shapes.ipynb #124ec596
 _verbs = {
@@ -141,7 +142,8 @@ def parse_moving(
     if len(motion) > 1:
         raise ValueError(f'parse_moving: the caption {caption!r} names two motions ({", ".join(motion)}); name one')
     if other := [v for k, v in said.items() if k not in moving_attributes]:
-        raise ValueError(f'parse_moving: {caption!r} says {other[0]!r}, but clips of moving shapes have no words for size and place')
+        raise ValueError(f'parse_moving: {caption!r} says {other[0]!r}, '
+                         'but clips of moving shapes have no words for size and place')
     if motion: said['motion'] = motion[0]
     if not said:
         raise ValueError(f'parse_moving: the caption {caption!r} names no attribute ({", ".join(moving_attributes)})')

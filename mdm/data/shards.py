@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 from .configs import FolderConfig, ShardsConfig
 from .captions import caption_files, key_fraction, parse_shares
-from .clips import ANIMATIONS, VIDEOS
+from .clips import ANIMATIONS, FRAME_KINDS, VIDEOS
 from .files import (MANIFEST, MISFIT, column_names, pick_caption_columns, pick_column, read_manifest, read_table,
                             row_captions)
 from .samples import (BAD_PICTURE, NO_CAPTION, PICTURES, ClipPlan, Skip, decoded, explain_kind, get_caption,
@@ -244,7 +244,7 @@ def _check_clip(sample):
 # %% ../../nbs/2_data/08_shards.ipynb #f4a3e501
 FRAMES = '.frames'   # ending of the name under which a folder of numbered frames is listed
 
-_numbered = re.compile(r'(.*?)(\d+)(\.(?:png|jpe?g|webp|bmp))', re.I)
+_numbered = re.compile(rf'(.*?)(\d+)\.({FRAME_KINDS})', re.I)
 
 def frame_folders(
     files, # paths of files, with forward slashes
@@ -255,7 +255,8 @@ def frame_folders(
         folder, _, name = f.rpartition('/')
         if not folder or not (parts := _numbered.fullmatch(name)): continue
         found.setdefault(folder, {}).setdefault(parts[1], []).append((int(parts[2]), f))
-    return {k: [f for _, f in sorted(*named.values())] for k, named in found.items() if len(named) == 1 and len(*named.values()) > 1}
+    alike = {folder: sorted(*named.values()) for folder, named in found.items() if len(named) == 1}
+    return {folder: [f for _, f in frames] for folder, frames in alike.items() if len(frames) > 1}
 
 def read_frames(
     folder:Path, # with numbered pictures
@@ -337,27 +338,26 @@ def _walk(folder, without, follow=False):
             else: yield (inside/name).as_posix(), DEAD_LINK if path.is_symlink() else OTHER_FILE
 
 # %% ../../nbs/2_data/08_shards.ipynb #f4a3e505
-def _has_caption(file, files):
-    "Is there a caption beside a picture?"
+def _beside(file):
+    "The paths of captions that may stand beside a picture."
     stem = file.rsplit('.', 1)[0]
-    return any(stem + o in files for ending in CAPTION_FILES for o in (ending, ending.upper(), ending.title()))
+    return [stem + o for ending in CAPTION_FILES for o in (ending, ending.upper(), ending.title())]
 
 def _together(stats):
     "Size and time of change of several files."
     return SimpleNamespace(st_size=sum(o.st_size for o in stats), st_mtime_ns=max(o.st_mtime_ns for o in stats))
 
 def _group_frames(captions, folders, files):
-    """Let one entry stand for the numbered frames of each folder that has a caption of its own, or whose frames have plain numbers
-    for names; gives the frames of these."""
-    used = set()
+    """Let one entry stand for the numbered frames of each folder that has a caption, or whose frames are named by plain
+    numbers; gives the frames of these."""
+    used, captioned = set(), lambda f: captions.get(f) is not None or any(o in files for o in _beside(f))
     for folder, frames in folders.items():
-        clip = folder + FRAMES
-        own = any(captions.get(f) is not None or _has_caption(f, files) for f in frames)
-        named = captions[clip] is not None or _has_caption(clip, files)
-        if own or not named and not posixpath.basename(frames[0]).split('.')[0].isdecimal(): del captions[clip], files[clip]
-        else:
-            for f in frames: captions.pop(f, None)
-            used.update(frames)
+        clip, name = folder + FRAMES, posixpath.basename(frames[0])
+        if any(map(captioned, frames)) or not captioned(clip) and not name.split('.')[0].isdecimal():
+            del captions[clip], files[clip]
+            continue
+        for f in frames: captions.pop(f, None)
+        used.update(frames)
     return used
 
 # %% ../../nbs/2_data/08_shards.ipynb #fb33cca7
@@ -383,7 +383,8 @@ def _listing(folder, without=None, file_column=None, caption_column=None, clips=
     files = {f: s for f, s in found.items() if not isinstance(s, str)}
     captions = {f: None for f in files if f.lower().endswith(CLIP_FILES if clips else PICTURE_FILES)}
     folders = frame_folders(files) if clips else {}
-    for o, frames in folders.items(): captions[o + FRAMES], files[o + FRAMES] = None, _together([files[f] for f in frames])
+    for o, frames in folders.items():
+        captions[o + FRAMES], files[o + FRAMES] = None, _together([files[f] for f in frames])
     facts = _add_tables(captions, folder, files, file_column, caption_column)
     frames = _group_frames(captions, folders, files)
     links = [f for f, reason in found.items() if reason is LINKED_FOLDER]
@@ -394,6 +395,7 @@ def _listing(folder, without=None, file_column=None, caption_column=None, clips=
     items = sorted(captions.items(), key=lambda o: key_fraction('order ' + make_key(o[0])))
     return items + sorted(left.items()), fingerprint, files, facts
 
+# %% ../../nbs/2_data/08_shards.ipynb #f4a3e506
 def _no_pictures(folder, files, links, clips=False):
     "The error for a folder without pictures, or without clips."
     kinds = sorted({Path(f).suffix.lower() or 'no ending' for f in files})
@@ -656,9 +658,7 @@ def _states(items, files, facts):
     "Path -> a hash of all that a sample is made of."
     states = {}
     for file, text in items:
-        stem = file.rsplit('.', 1)[0]
-        texts = [stem + o for ending in CAPTION_FILES for o in (ending, ending.upper(), ending.title())]
-        parts = [file, *texts] if text is None else [file]
+        parts = [file, *_beside(file)] if text is None else [file]
         stats = [(o, files[o].st_size, files[o].st_mtime_ns) for o in parts if o in files]
         state = repr((stats, str(text) if isinstance(text, Skip) else text, *([facts[file]] if file in facts else [])))
         states[file] = hashlib.sha256(state.encode('utf-8', 'surrogateescape')).hexdigest()[:16]
