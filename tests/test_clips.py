@@ -1,5 +1,5 @@
 "Networks of clips: what the notebook does not show."
-import copy, pickle
+import copy, pickle, sys
 import pytest, torch
 from PIL import Image
 from torch import nn
@@ -269,6 +269,15 @@ def test_training_steps_previews_and_samples(recipe, tmp_path):
     assert mdm_sample([str(folder), 'a red circle moves', '--n', '1', '--animate', str(first), '--film', 'webp', '--output', str(tmp_path/'one.png'), '--steps', '1', '--device', 'cpu']) == 0
     film = Image.open(tmp_path/'one.webp')
     assert film.n_frames > 1 and (tmp_path/'one.png').exists()
+
+def test_a_film_that_cannot_be_written_is_refused_before_the_work(pipe, tmp_path, monkeypatch, capsys):
+    "MP4 without PyAV: said before anything is drawn or any folder is made; a model of pictures does not care."
+    monkeypatch.setitem(sys.modules, 'av', None)
+    folder = save_checkpoint(tmp_path/'c', pipe.recipe, pipe.model.state_dict())
+    ask = 'a red circle moves', '--film', 'mp4', '--n', '1', '--steps', '1', '--device', 'cpu', '--output'
+    assert mdm_sample([str(folder), *ask, str(tmp_path/'out')]) == 2 and not (tmp_path/'out').exists()
+    assert 'matryoshka-diffusion[video]' in capsys.readouterr().err
+    assert mdm_sample(['shapes', *ask, str(tmp_path/'out')]) == 0
 
 def test_pipeline_gives_clips(pipe):
     drawn = pipe('a red circle', n=3, batch_size=2, every_resolution=True, steps=1)

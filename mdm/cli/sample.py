@@ -305,6 +305,7 @@ def _sample_command(
     prompts, out = _asked(args), Path(args.output)
     from mdm.models.clips import resolution_names
     from mdm.pipeline import MDMPipeline
+    from mdm.utils.pictures import find_av
     if args.verify: verify_checkpoints(args.checkpoint, args.guide, *(read_adapter_wish(o)[0] for o in args.adapter))
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
         device=check_device(args.device))
@@ -312,6 +313,7 @@ def _sample_command(
     wishes = sampling_wishes(args)
     config = pipe.config(**wishes)
     (tool, given), (guide, named) = choose_tool(pipe, args), _load_guide(args, pipe.device)
+    if pipe.frames > 1 and args.film == 'mp4': find_av()          # before the work, not after it
     pipe.encoder.check([*prompts, args.negative_prompt])
     if cut := pipe.encoder.describe_cuts([*prompts, args.negative_prompt]): warnings.warn(cut)
     size = {'size': args.size} if args.size else {}

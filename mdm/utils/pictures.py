@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['pixels_to_signal', 'signal_to_pixels', 'to_bytes', 'profile_fault', 'to_rgb', 'open_picture', 'to_pil', 'from_pil',
            'pixel_tensors', 'png_bytes', 'caption_font', 'font_with', 'text_runs', 'drawable', 'CaptionFont',
-           'wrap_text', 'contact_sheet', 'gif_bytes', 'mp4_bytes', 'Clip', 'tile_frames', 'cut_tiles', 'clip_sheet']
+           'wrap_text', 'contact_sheet', 'gif_bytes', 'find_av', 'mp4_bytes', 'Clip', 'tile_frames', 'cut_tiles',
+           'clip_sheet']
 
 # %% ../../nbs/0_ground/03_pictures.ipynb #5bde0bb0
 import io, re, textwrap, unicodedata, warnings
@@ -356,6 +357,15 @@ def gif_bytes(
     pictures[0].save(file, format, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **exact)
     return file.getvalue()
 
+# %% ../../nbs/0_ground/03_pictures.ipynb #6427f366
+def find_av(): # the module; raises ImportError that says what to install
+    "Import PyAV, which writes MP4 files."
+    try: import av
+    except ImportError as e:
+        raise ImportError(f"MP4 is written by PyAV, which cannot be imported here ({e}): "
+                          "pip install 'matryoshka-diffusion[video]', or make a GIF") from None
+    return av
+
 # %% ../../nbs/0_ground/03_pictures.ipynb #d31de056
 def _even(picture):
     "A picture as an RGB array with even sides."
@@ -368,10 +378,7 @@ def mp4_bytes(
     last:float=1.5, # how long the last one is shown, in seconds; 0: as long as the others
 )->bytes: # an MP4 file (H.264); raises ImportError where PyAV is missing
     "Make a film of pictures as MP4."
-    try: import av
-    except ImportError as e:
-        raise ImportError(f"MP4 is written by PyAV, which cannot be imported here ({e}): "
-                          "pip install 'matryoshka-diffusion[video]', or make a GIF") from None
+    av = find_av()
     file, frames = io.BytesIO(), [_even(o) for o in pictures]
     with av.open(file, 'w', format='mp4') as out:
         stream = out.add_stream('libx264', fps, options=dict(crf='18'))
