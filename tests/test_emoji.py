@@ -137,7 +137,7 @@ def test_shards_resume(font, tmp_path):
 def test_command(tmp_path, capsys):
     "The command writes a training set and a held-out one without a common combination, and says what comes next."
     assert mdm_dataset(['emoji', str(tmp_path/'train'), '--size', '32', '--exclude', few, '--tints', '3']) == 0
-    assert 'mdm_train --stages emoji_32,emoji --data' in capsys.readouterr().out
+    assert 'mdm_train --stages emoji_32,emoji emoji:train.freeze_inner_steps=850 --data' in capsys.readouterr().out
     assert mdm_dataset(['emoji', str(tmp_path/'test'), '--size', '32', '--exclude', few, '--held-out']) == 0
     train, test = [{(facts(o)['emoji'], facts(o)['colour']) for o in samples_in(tmp_path/k)} for k in ('train', 'test')]
     assert test and not train & test and not any(c is None for _, c in test)

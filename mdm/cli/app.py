@@ -459,9 +459,10 @@ def _check_args(args):
 
 def _start_forks(args, checkpoints, recipe, adapters):
     "The process that visitors are forked from, or None."
+    from mdm.utils.files import demo_models
     from mdm.widgets.forks import start_forks
     places = [place for place, _ in adapters.values()]
-    return start_forks(list(checkpoints.values()) or ['shapes'], recipe, args.device, places)
+    return start_forks(list(checkpoints.values()) or demo_models[:1], recipe, args.device, places)
 
 def _app_command(
     args:argparse.Namespace, # of `mdm_app`
@@ -493,7 +494,7 @@ def mdm_app(
     add = parser.add_argument
     add('checkpoints', metavar='CHECKPOINT', nargs='*',
         help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, owner/name of the '
-             'Hub, or shapes for the model that comes with the library; none: a first screen that offers that one')
+             'Hub, or emoji or shapes for a model that comes with the library; none: a first screen that offers these')
     add('--adapter', metavar='FOLDER[:STRENGTH]', action='append', default=[],
         help='let visitors add what a fine-tuning learned; the page begins with this strength (1), or without it (0); '
              'may be given several times, and a folder with several adapters offers all of them')

@@ -257,7 +257,8 @@ def _emoji(args):
     "Shards of drawn emoji."
     from mdm.data.emoji import write_emoji
     manifest = write_emoji(args.folder, command=_command_line(args), bar=True, **_given(args, EmojiConfig))
-    _report(manifest, args.folder, args, f'mdm_train --stages emoji_32,emoji --data {_tars_in(args.folder)}')
+    train = 'mdm_train --stages emoji_32,emoji emoji:train.freeze_inner_steps=850'
+    _report(manifest, args.folder, args, f'{train} --data {_tars_in(args.folder)}')
 
 # %% ../../nbs/5_edges/05_dataset.ipynb #f17e0004
 def _prior_flags(p):

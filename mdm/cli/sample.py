@@ -368,7 +368,7 @@ def mdm_sample(
         "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT',
-        help='shapes (the model that comes with the library), output folder of mdm_train (its newest checkpoint), '
+        help='emoji or shapes (models that come with the library), output folder of mdm_train (its newest checkpoint), '
              'one checkpoint, a released .pth file, or owner/name of the Hugging Face Hub')
     add('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')

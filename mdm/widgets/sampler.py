@@ -17,7 +17,7 @@ from ..diffusion.sampler import join_problem
 from ..diffusion.settings import SampleConfig
 from ..pipeline import MDMPipeline
 from ..utils.configs import options
-from ..utils.files import presets
+from ..utils.files import demo_models, presets
 from ..utils.pictures import gif_bytes, mp4_bytes
 from .drawing import download_link, film_pictures, logsnr_svg, moving_sheet
 from .editing import EditPanel, SettingsDrop
@@ -165,7 +165,7 @@ def fit(self:SideControls,
 _log = logging.getLogger(__name__)
 
 _welcome = '''<h2>Pictures from words, drawn from small to large</h2>
-<p>Begin with the small model that comes with the library. It draws coloured shapes of 32 by 32 pixels, such as these.</p>'''
+<p>Begin with a small model that comes with the library. It draws emoji of 64 by 64 pixels from their names, such as these.</p>'''
 
 _own_model = '''<p>A model of your own, or a released one, is given by name: <code>mdm_app runs/shapes</code> on the command line,
 <code>SamplerWidget('runs/shapes')</code> in a notebook.</p>
@@ -186,7 +186,7 @@ class SamplerWidget(W.VBox):
     "Fields, pictures and history of a sampler, in Jupyter or on a page."
     def __init__(self,
         pipe:MDMPipeline|str|Path|None=None, # a pipeline, or a checkpoint to load; None: see `checkpoints`
-        checkpoints:list|dict|tuple=(), # further ones to choose from: paths, or name -> path; none at all: a first screen offers the bundled model
+        checkpoints:list|dict|tuple=(), # further ones to choose from: paths, or name -> path; none at all: a first screen offers `demo_models`
         recipe:str|Path|None=None, # recipe of checkpoints that do not bring their own
         device:str|None=None, # where to compute; None: a GPU if there is one
         any_path:bool=True, # whether other checkpoints can be typed in; False where strangers use it
@@ -237,13 +237,13 @@ def _first_screen(self:SamplerWidget,
 def _offer_demo(self:SamplerWidget):
     "The first screen where no model was named."
     self.demo_button = W.Button(description='Try the demo model', button_style='primary',
-                                tooltip='Open the small model that comes with the library')
+                                tooltip='Open a small model that comes with the library')
     def demo(card=None):
-        self.shelf.paths['shapes'] = 'shapes'
+        self.shelf.paths.update({o: o for o in demo_models})
         self._open()
         if card: self._take_example(card)
     self.demo_button.on_click(lambda _: demo())
-    welcome = box('mdm-welcome', html_text(_welcome), self._first_screen('shapes', demo),
+    welcome = box('mdm-welcome', html_text(_welcome), self._first_screen(demo_models[0], demo),
                   box('mdm-buttons', self.demo_button), html_text(_own_model))
     self.children = [self.children[0], welcome]
 
