@@ -194,6 +194,7 @@ def test_accuracy(tmp_path):
     mixed = ['a cat', *texts[1:]]
     assert judge_pictures(tmp_path, mixed)[0][0] is None and judge_pictures(tmp_path, mixed)[1]['accuracy.shape']['n'] == len(world) - 1
     assert judge_pictures(tmp_path, ['a cat', 'a dog']) == ([None, None], {})
+    assert judge_pictures(tmp_path, ['red circle', 'a cat', 'a dog']) == ([None]*3, {})     # a name among other names, not a caption of shapes
 
 def test_standard_errors():
     v = np.random.default_rng(0).normal(size=50)
