@@ -238,7 +238,7 @@ def test_first_screen_without_a_model():
     words = ''.join(getattr(o, 'value', '') for o in w.children[1].children)
     assert 'mdm_train' in words and 'SamplerWidget' in words
     w.demo_button.click(); w.wait(60)
-    assert w.side_a.checkpoint.value == 'emoji' and list(w.shelf.paths) == demo_models and not w.error.value and 'Ready' in w.status.value
+    assert w.side_a.checkpoint.value == 'emoji_fast' and list(w.shelf.paths) == demo_models and not w.error.value and 'Ready' in w.status.value
 
 def test_no_number_is_changed_without_a_word(pipe):
     w = ready(pipe)

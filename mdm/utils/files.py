@@ -118,7 +118,7 @@ def stays_inside(
 
 # %% ../../nbs/0_ground/01_files.ipynb #4470dad7
 bundled = files('mdm')/'bundled'             # small trained models that come with the library
-demo_models = ['emoji', 'shapes']            # those that a page offers where none is named; it begins with the first
+demo_models = ['emoji_fast', 'emoji', 'shapes']   # those that a page offers where none is named; it begins with the first
 
 def presets()->list[str]: # sorted
     "Names of the recipes that come with the library."
