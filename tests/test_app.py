@@ -282,7 +282,8 @@ def test_wrong_messages_are_dropped(server, page):
 
 # ---- places
 
-def eventually(test, seconds=20):
+def eventually(test, seconds=150):
+    "Longer than the 120 s after which the server gives up a page that never connects: a busy machine can lose a browser's farewell."
     end = time.time() + seconds
     while not test():
         assert time.time() < end, 'it did not come about'
