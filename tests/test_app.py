@@ -282,8 +282,7 @@ def test_wrong_messages_are_dropped(server, page):
 
 # ---- places
 
-def eventually(test, seconds=150):
-    "Longer than the 120 s after which the server gives up a page that never connects: a busy machine can lose a browser's farewell."
+def eventually(test, seconds=20):
     end = time.time() + seconds
     while not test():
         assert time.time() < end, 'it did not come about'
