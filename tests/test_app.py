@@ -70,10 +70,11 @@ def browser():
 
 def opened(browser, url, **kwargs):
     page = browser.new_context(accept_downloads=True, **kwargs).new_page()
-    page.requests, page.errors = [], []
+    page.requests, page.errors, page.sent = [], [], []
     page.set_default_timeout(20_000)
     page.on('request', lambda r: page.requests.append(r.url))
     page.on('websocket', lambda w: page.requests.append(w.url))
+    page.on('websocket', lambda w: w.on('framesent', lambda o: page.sent.append(o if isinstance(o, str) else o.decode('latin1'))))
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
     page.policy = page.goto(url, timeout=ready).headers['content-security-policy']
@@ -110,6 +111,11 @@ def test_it_starts_without_the_network(page):
     assert "default-src 'self'" in page.policy and 'http' not in page.policy
     assert page.title() == 'Matryoshka Diffusion' and page.get_by_role('heading', name='Matryoshka Diffusion').is_visible()
     assert 'SamplerWidget' not in page.content()                     # the source stays on the server
+
+def test_the_page_asks_once_for_all_widgets(page):
+    "Asking for each takes seconds, and where a widget is made meanwhile, the page finds none."
+    count = lambda word: sum(f'"{word}"' in o for o in page.sent)
+    assert (count('request_states'), count('request_state')) == (1, 0)
 
 def test_run_pictures_change_and_end(page):
     start(page, Prompt='a large red cross in the centre on a white background', Steps='60', Pictures='4')
@@ -316,6 +322,16 @@ def test_leaving_while_it_loads_frees_the_place(server, page):
     c.request('GET', '/')
     eventually(lambda: len(server.kernels()) == 2)
     c.close()
+    eventually(lambda: len(server.kernels()) == 1)
+
+def test_a_page_that_falls_silent_frees_the_place(server, page):
+    "A browser that is ended while it loads the page says no goodbye."
+    status, body, _ = server.ask('/')
+    assert status == 200 and len(server.kernels()) == 2
+    kernel = body.decode().split('"kernelId": "')[1].split('"')[0]
+    for _ in range(5):
+        time.sleep(3)
+        assert server.ask(f'/api/kernels/{kernel}')[0] == 200          # what its script asks keeps the place
     eventually(lambda: len(server.kernels()) == 1)
 
 def test_a_process_that_ended_is_told(server, page, browser):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from html import unescape
 from io import BytesIO
 from pathlib import Path
-import numpy as np, pytest, torch
+import ipywidgets, numpy as np, pytest, torch
 from PIL import Image
 from mdm.checkpoint import save_checkpoint
 from mdm.cli.sample import mdm_sample
@@ -24,6 +24,17 @@ from mdm.widgets.exchange import read_settings
 from tiny_models import pipe, tiny, write_adapter
 
 evil = '<script>alert(1)</script><img src=x onerror=alert(2)>'
+
+@pytest.fixture(autouse=True)
+def made_in_the_main_thread(monkeypatch):
+    "A page that connects while a thread makes widgets finds none of them: ipywidgets cannot list them while they become more."
+    made, open_widget = [], ipywidgets.Widget.open
+    def opened(widget):
+        if threading.current_thread() is not threading.main_thread(): made.append(widget)
+        open_widget(widget)
+    monkeypatch.setattr(ipywidgets.Widget, 'open', opened)
+    yield
+    assert not made, made
 
 def ready(pipe, **kwargs):
     w = SamplerWidget(pipe, every=0., **kwargs); w.wait(60)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['page_template', 'page_notebook', 'kernel_spec', 'write_page', 'checkpoint_place', 'named_checkpoints',
            'offered_adapters', 'is_local', 'free_port', 'Places', 'places_manager', 'server_config', 'waiting_page',
-           'plain_error', 'page_handler', 'parts_fit', 'socket_handler', 'tamed', 'page_server', 'mdm_app']
+           'plain_error', 'page_handler', 'kernel_handler', 'parts_fit', 'socket_handler', 'tamed', 'page_server',
+           'mdm_app']
 
 # %% ../../nbs/5_edges/11_app.ipynb #d941297c
 import argparse, json, logging, os, socket, sys, tempfile, time
@@ -18,7 +19,9 @@ from .sample import read_adapter_wish
 
 # %% ../../nbs/5_edges/11_app.ipynb #6949e440
 _page_script = """
-const place = () => JSON.parse((document.getElementById('jupyter-config-data') || {}).textContent || 'null');
+function place() {
+  try { return JSON.parse(document.getElementById('jupyter-config-data').textContent); } catch { return null; }
+}
 addEventListener('pagehide', () => {
   if (!place()) return;
   const form = new FormData();
@@ -32,9 +35,10 @@ function tell(text, button) {
   if (!text) return;
   bar = Object.assign(document.createElement('div'), {id: 'mdm-ended', role: 'alert', textContent: text + ' '});
   if (button) bar.append(Object.assign(document.createElement('button'), {textContent: button, onclick: () => location.reload()}));
-  document.body.append(bar);
+  (document.body || document.documentElement).append(bar);
 }
 async function check() {
+  if (!place()) return setTimeout(check, 100);
   try {
     const there = await fetch(place().baseUrl + 'api/kernels/' + place().kernelId, {cache: 'no-store'});
     if (there.status == 404) return tell('This page has ended on the server. What it shows can still be saved.', 'Start again');
@@ -42,7 +46,7 @@ async function check() {
   } catch { tell('The server cannot be reached; trying again.'); }
   setTimeout(check, 3000);
 }
-addEventListener('load', () => setTimeout(check, 3000));
+check();
 """
 _ended_style = """#mdm-ended { position: fixed; bottom: 0; left: 0; right: 0; z-index: 10; padding: 12px; text-align: center;
   font: 15px/1.4 system-ui, sans-serif; background: #8a1c1c; color: #fff; }
@@ -177,7 +181,8 @@ _visit = ContextVar('the request that a process is started for', default=None)
 class Places:
     "A manager of kernels, one for each visitor; `places_manager` puts it in front of Jupyter's."
     visitors, forks = 4, None                                     # how many; what to fork from
-    connect_within, return_within, patience = 120, 60, 2          # seconds
+    connect_within, silent_within = 120, 12                       # seconds
+    return_within, patience = 60, 2                               # seconds
     starting, tending = 0, None                                   # processes that are not in the list yet; the timer
 
     def pre_start_kernel(self,
@@ -196,8 +201,7 @@ class Places:
     ):
         "A page has connected."
         super().notify_connect(kernel_id)
-        self.loading.pop(kernel_id, None)
-        self.parted.pop(kernel_id, None)
+        for times in (self.loading, self.silent, self.parted): times.pop(kernel_id, None)
 
     def notify_disconnect(self,
         kernel_id:str, # of a process
@@ -205,6 +209,12 @@ class Places:
         "A page has lost its connection."
         super().notify_disconnect(kernel_id)
         if kernel_id in self and not self._kernel_connections.get(kernel_id): self.parted[kernel_id] = time.monotonic()
+
+    def heard(self,
+        kernel_id:str, # of a process
+    ):
+        "A page has been delivered, or it has asked for its process."
+        if kernel_id in self.loading: self.silent[kernel_id] = time.monotonic()
 
 # %% ../../nbs/5_edges/11_app.ipynb #93b06a66
 @patch
@@ -233,8 +243,7 @@ async def shutdown_kernel(self:Places,
     "End the process of a visitor at once."
     if kernel_id in self.ending: return
     self.ending.add(kernel_id)
-    self.loading.pop(kernel_id, None)
-    self.parted.pop(kernel_id, None)
+    for times in (self.loading, self.silent, self.parted): times.pop(kernel_id, None)
     try: await super(Places, self).shutdown_kernel(kernel_id, now=True, restart=restart)
     finally: self.ending.discard(kernel_id)
 
@@ -256,10 +265,12 @@ async def tend(self:Places,
     return_within:float|None=None, # seconds; None: as set
 ):
     "End the processes whose visitor has gone, and drop those that have died."
-    now, away = time.monotonic(), self.return_within if return_within is None else return_within
+    away = self.return_within if return_within is None else return_within
+    limits = (self.loading, self.connect_within), (self.silent, self.silent_within), (self.parted, away)
     for kernel_id in self.list_kernel_ids():
         if kernel_id in self.ending: continue
-        gone = now - self.loading.get(kernel_id, now) > self.connect_within or now - self.parted.get(kernel_id, now) > away
+        now = time.monotonic()
+        gone = any(now - times.get(kernel_id, now) > limit for times, limit in limits)
         if gone or not await self.is_alive(kernel_id):
             if kernel_id in self: await self.shutdown_kernel(kernel_id)
 
@@ -272,7 +283,8 @@ def places_manager(
     class Visitors(Places, AsyncMappingKernelManager):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.visitors, self.forks, self.loading, self.parted, self.ending = visitors, forks, {}, {}, set()
+            self.visitors, self.forks, self.ending = visitors, forks, set()
+            self.loading, self.silent, self.parted = {}, {}, {}
     return Visitors
 
 # %% ../../nbs/5_edges/11_app.ipynb #517fa999
@@ -341,6 +353,7 @@ def page_handler()->type: # a tornado handler; needs Voila
                 self.write(html)
                 self.flush()
             self.whole = True
+            self.kernel_manager.heard(self.kernel_id)
         async def has_kernel(self, kernel_id):
             self.kernel_id = kernel_id
             if self.gone: await self.leave()
@@ -356,6 +369,16 @@ def page_handler()->type: # a tornado handler; needs Voila
             self.set_header('Cache-Control', 'no-store')
             self.finish(waiting_page(self.kernel_manager.visitors))
     return PageHandler
+
+# %% ../../nbs/5_edges/11_app.ipynb #eb388dc3
+def kernel_handler()->type: # a tornado handler; needs Voila
+    "The handler of a page's question whether its process is there."
+    from jupyter_server.services.kernels.handlers import KernelHandler
+    class PageKernelHandler(KernelHandler):
+        async def get(self, kernel_id):
+            self.kernel_manager.heard(kernel_id)
+            await super().get(kernel_id)
+    return PageKernelHandler
 
 # %% ../../nbs/5_edges/11_app.ipynb #9e963c89
 def parts_fit(
@@ -410,6 +433,7 @@ def page_server(
 ): # a `Voila` that is not started yet; raises ImportError where Voila is missing
     "Voila without configuration files, and with a limit on what a browser may send."
     try:
+        from jupyter_server.services.kernels.handlers import KernelHandler
         from traitlets.config import Config
         from voila.app import Voila
         from voila.tornado.handler import TornadoVoilaHandler
@@ -420,7 +444,8 @@ def page_server(
     class PageServer(Voila):
         def load_config_file(self, *args, **kwargs): pass
         def init_handlers(self):
-            ours = {TornadoVoilaHandler: page_handler(), VoilaKernelWebsocketHandler: tamed(socket_handler())}
+            ours = {TornadoVoilaHandler: page_handler(), KernelHandler: tamed(kernel_handler()),
+                    VoilaKernelWebsocketHandler: tamed(socket_handler())}
             choose = lambda handler: ours.get(handler) or tamed(handler)
             return [(pattern, choose(handler), *more) for pattern, handler, *more in super().init_handlers()]
         def listen(self):

@@ -37,9 +37,10 @@ def _load_beforehand(
 )->int: # how many threads a copy may compute with
     "Import and load what all visitors share. Stops loading when half of the machine's memory is in use."
     os.environ['JPY_PARENT_PID'] = str(os.getpid())          # read by ipykernel while it is imported: a kernel ends with its parent
-    import ipykernel.kernelapp, torch
+    import ipykernel.kernelapp, ipywidgets, torch
     import mdm.widgets.sampler
     from mdm.pipeline import share_pipeline
+    ipywidgets.register_comm_target()                        # at import it does so only where a kernel runs already
     threads, pipes = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for path in checkpoints:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['html_text', 'classed', 'box', 'labelled', 'Fold', 'style_sheet', 'Card', 'player', 'about_html', 'large_view',
-           'SideView', 'example_pictures']
+           'SideView', 'example_pictures', 'ExampleCards']
 
 # %% ../../nbs/4_use/12_widget_parts.ipynb #f30b5e6c
 import math
@@ -176,16 +176,16 @@ _grids = count()                                                  # numbers for 
 
 class SideView(W.VBox):
     "The pictures of one side, a grid per resolution."
-    def __init__(self, levels:int): # how many resolutions
-        self.number, self.count = next(_grids), levels
-        self.title, self.levels = html_text(), [html_text() for _ in range(levels)]
-        super().__init__([self.title, box('mdm-levels', *self.levels)])
+    def __init__(self, most:int=8): # resolutions; of a model that has more, the highest are shown
+        self.number, self.title, self.levels = next(_grids), html_text(), []
+        self.grids, self.row = [html_text() for _ in range(most)], box('mdm-levels')
+        super().__init__([self.title, self.row])
         classed(self, 'mdm-side')
 
     def _grid(self, i, size, n, cells, unit, frames=1):
         "The grid of level i."
         columns = n if n < 4 else math.ceil(math.sqrt(n))
-        share = 2**-i/sum(2**-o for o in range(self.count))
+        share = 2**-i/sum(2**-o for o in range(len(self.levels)))
         style = (f'--columns:{columns};--rows:{math.ceil(n/columns)};--unit:{unit}px;--share:{share:.3f};'
                  f'--ratio:{size[0]/size[1]:.4g}')
         return (f'<div class="mdm-note">{level_name(size, frames)} pixels</div>'
@@ -200,6 +200,7 @@ class SideView(W.VBox):
     ):
         "Keep the places of pictures that are to come."
         self.title.value = f'<h3>{escape(name)}</h3>' if name else ''
+        self.levels = self.row.children = self.grids[:len(sizes)]
         for i, (size, view) in enumerate(zip(sizes, self.levels)):
             view.layout.display = None if inner or not i else 'none'
             blank = '<div class="mdm-cell"><span class="mdm-blank"></span></div>'
@@ -270,3 +271,25 @@ def example_pictures(
             picture.thumbnail((256, 256))
             found.append((np.asarray(picture.convert('RGB')), text['prompt'], int(text['seed'])))
     return found
+
+# %% ../../nbs/4_use/12_widget_parts.ipynb #4a2a0af3
+class ExampleCards(W.VBox):
+    "A row of pictures that were drawn beforehand, each a card with its prompt."
+    def __init__(self,
+        pressed:Callable, # called with a card; its `example` is prompt and seed
+        most:int=8, # pictures
+    ):
+        self.cards = [Card(pressed) for _ in range(most)]
+        super().__init__()
+        classed(self, 'mdm-first')
+
+    def show(self,
+        checkpoint:str, # see `example_pictures`
+    )->bool: # whether there are any
+        "Show the pictures of a checkpoint."
+        found = example_pictures(checkpoint, len(self.cards))
+        for card, (picture, prompt, seed) in zip(self.cards, found):
+            card.example = prompt, seed
+            card.show(picture, prompt, f'Take this prompt and its seed, {seed}')
+        self.children = self.cards[:len(found)]
+        return bool(found)

@@ -23,7 +23,7 @@ from .drawing import download_link, film_pictures, logsnr_svg, moving_sheet
 from .editing import EditPanel, SettingsDrop
 from .exchange import how_again, moves, result_files, results_zip
 from .fields import checked_int, copy_box, has_scripts, scripted
-from .parts import Card, Fold, SideView, box, classed, example_pictures, html_text, labelled, style_sheet
+from .parts import Card, ExampleCards, Fold, SideView, box, classed, html_text, labelled, style_sheet
 from ..utils.sizes import read_size, size_text
 from .state import PipelineShelf, SamplerRun, SamplerSettings, Side, adapter_key, grid_sides, new_seed, path_moments
 from .state import avoided, class_labels, example_prompts, last_seed, level_frames, level_name, level_sizes, most_pictures
@@ -220,20 +220,6 @@ def _nested_frames(
     return f'<div class="mdm-nest">{drawing}</div><p class="mdm-note">The pictures will appear here.</p>'
 
 @patch
-def _first_screen(self:SamplerWidget,
-    checkpoint:str, # whose pictures are shown
-    pressed, # called with a card; its `example` is prompt and seed
-):
-    "A row of pictures that were drawn beforehand, or None where the checkpoint has none."
-    cards = []
-    for picture, prompt, seed in example_pictures(checkpoint):
-        card = Card(pressed)
-        card.example = prompt, seed
-        card.show(picture, prompt, f'Take this prompt and its seed, {seed}')
-        cards.append(card)
-    return box('mdm-first', *cards) if cards else None
-
-@patch
 def _offer_demo(self:SamplerWidget):
     "The first screen where no model was named."
     self.demo_button = W.Button(description='Try the demo model', button_style='primary',
@@ -243,8 +229,9 @@ def _offer_demo(self:SamplerWidget):
         self._open()
         if card: self._take_example(card)
     self.demo_button.on_click(lambda _: demo())
-    welcome = box('mdm-welcome', html_text(_welcome), self._first_screen(demo_models[0], demo),
-                  box('mdm-buttons', self.demo_button), html_text(_own_model))
+    row = ExampleCards(demo)
+    row.show(demo_models[0])
+    welcome = box('mdm-welcome', html_text(_welcome), row, box('mdm-buttons', self.demo_button), html_text(_own_model))
     self.children = [self.children[0], welcome]
 
 @patch
@@ -301,7 +288,8 @@ def _open(self:SamplerWidget):
 def _make_prompt_fields(self:SamplerWidget):
     "What to draw, Run and Stop, and the lines for messages."
     self.prompt = labelled(W.Textarea(placeholder='What to draw', rows=2), 'Prompt')
-    self.examples = box('mdm-examples')
+    self.examples, self.prompt_buttons = box('mdm-examples'), [W.Button() for _ in range(8)]
+    self.class_field = labelled(W.Combobox(ensure_option=True), 'Class', 'Type the beginning of a name, and choose')
     self.run_button = W.Button(description='Run', button_style='primary', tooltip='Make the pictures')
     self.stop_button = classed(W.Button(description='Stop', disabled=True, tooltip='Stop after the current step'), 'mdm-stop')
     self.settings_button = classed(W.Button(description='Settings', tooltip='Show or hide the settings'), 'mdm-toggle')
@@ -310,6 +298,8 @@ def _make_prompt_fields(self:SamplerWidget):
     self.run_button.on_click(lambda _: self.run())
     self.stop_button.on_click(lambda _: self.stop())
     self.settings_button.on_click(lambda _: self._toggle_settings())
+    for o in self.prompt_buttons: o.on_click(lambda o: setattr(self.prompt, 'value', o.description))
+    self.class_field.observe(lambda o: o.new and setattr(self.prompt, 'value', o.new), 'value')
 
 @patch
 def _show_hint(self:SamplerWidget):
@@ -336,27 +326,18 @@ def _toggle_settings(self:SamplerWidget):
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #8cb68aaa
 @patch
 def _offer_prompts(self:SamplerWidget,
-    prompts:list[str], # of which each becomes a button
+    prompts:list[str], # of which each becomes a button, as long as there are buttons
     classes:list[str]=(), # names of classes to choose from, the only prompts that the model knows; none: any text
 ):
     "Offer prompts to begin with. Styles and words to avoid are for models of texts alone."
-    def button(prompt):
-        o = W.Button(description=prompt, tooltip=f'Take this prompt: {prompt}')
-        o.on_click(lambda _: setattr(self.prompt, 'value', prompt))
-        return o
-    self.examples.children = [*self._class_field(classes), *(button(o) for o in prompts)]
+    for o, prompt in zip(self.prompt_buttons, prompts):
+        o.description, o.tooltip = prompt, f'Take this prompt: {prompt}'
+    self.class_field.value, self.class_field.placeholder = '', f'{len(classes):,} classes'
+    self.class_field.options = list(classes)
+    self.examples.children = [self.class_field]*bool(classes) + self.prompt_buttons[:len(prompts)]
     for field, known in ((self.style_, styles), (self.avoid, avoided)):
         if classes: field.value = next(iter(known))
         field.disabled = bool(classes)
-
-@patch
-def _class_field(self:SamplerWidget, classes):
-    "A field that completes the names of classes; a whole name becomes the prompt."
-    if not classes: return []
-    field = labelled(W.Combobox(options=list(classes), placeholder=f'{len(classes):,} classes', ensure_option=True), 'Class',
-                     'Type the beginning of a name, and choose')
-    field.observe(lambda change: change.new and setattr(self.prompt, 'value', change.new), 'value')
-    return [field]
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #87f8d421
 @patch
@@ -486,7 +467,9 @@ def _make_results(self:SamplerWidget):
                                          style={'button_width': '80px'}), 'Show')
     self.live = W.Checkbox(True, description='Show the path as it forms', indent=False)
     self.inner = W.Checkbox(True, description='Inner resolutions too', indent=False)
-    self.views = box('mdm-sides')
+    self.views, self.side_views = box('mdm-sides'), []
+    self.begin_text, self.begin_row, self.begin_sizes = html_text(), ExampleCards(self._take_example), html_text()
+    self.begin = box('mdm-begin')
     self.scrub = labelled(W.IntSlider(0, min=0, max=0, readout=False), 'Path, from noise to picture',
         'Move through the steps')
     self.strip = box('mdm-strip', *self.cards)
@@ -571,13 +554,15 @@ def _show_model(self:SamplerWidget, pipe, name):
     self.model_name = name
     self._renew_words()
     if self.shown: return
-    row = self._first_screen(self.shelf.paths.get(name) or name, self._take_example)
-    title = 'Drawn beforehand by this model' if row else 'What this model draws'
+    drawn = self.begin_row.show(self.shelf.paths.get(name) or name)
+    title = 'Drawn beforehand by this model' if drawn else 'What this model draws'
     pixels = ' and '.join(map(level_name, level_sizes(pipe), level_frames(pipe))) + ' pixels'
-    about = 'Press a picture to take its prompt and seed.' if row else pixels
-    screen = row or html_text(_nested_frames(_short_names(pipe)))
-    self.views.children = [box('mdm-begin', html_text(f'<h2>{title}</h2><p>{about}</p>'), screen)]
-    if not self.prompt.value: self.prompt.value = row.children[0].example[0] if row else prompts[0]
+    about = 'Press a picture to take its prompt and seed.' if drawn else pixels
+    self.begin_text.value = f'<h2>{title}</h2><p>{about}</p>'
+    if not drawn: self.begin_sizes.value = _nested_frames(_short_names(pipe))
+    self.begin.children = [self.begin_text, self.begin_row if drawn else self.begin_sizes]
+    self.views.children = [self.begin]
+    if not self.prompt.value: self.prompt.value = self.begin_row.cards[0].example[0] if drawn else prompts[0]
     self.plot.value = self._plot(pipe)
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #8f776036
@@ -615,6 +600,7 @@ def run(self:SamplerWidget):
     except ValueError as e: return self._fail(e)
     self._set_busy(True)
     self.stop_event.clear()
+    while len(self.side_views) < len(settings.sides): self.side_views.append(SideView())
     self.thread = self._spawn(self._work, settings)
 
 @patch
@@ -754,7 +740,7 @@ def _show_run(self:SamplerWidget, run):
     with self.drawing:
         self.shown, self.files, self.moments, self.made.value = run, {}, [], ''
         self.scrub.max, self.after.layout.display = 0, None
-        views = [SideView(len(o.pipe.model.scales)) for o in run.sides]
+        views = self.side_views[:len(run.sides)]
         size, count = run.settings.size, run.settings.count()
         for view, o in zip(views, run.sides):
             view.reserve(level_sizes(o.pipe, size), count, o.differences(), self.inner.value, o.counts)
