@@ -25,7 +25,7 @@ from .models.adapters import Adapter, merge_adapters, read_adapter
 from .models.nested_unet import NestedUNetConfig, create_model
 from .models.unet import UNetConfig
 from .recipe import Recipe, load_recipe, save_recipe
-from .utils.files import atomic_folder, bundled, presets, readable
+from .utils.files import atomic_folder, bundled, bundled_models, presets, readable
 from .utils.hub import model_folder
 from .utils.plugins import load_formats
 
@@ -210,7 +210,7 @@ def did_you_mean(
         known = []
         try: known = [p.name for p in here.iterdir() if not p.name.startswith('.')]
         except OSError: pass
-        if not i and not path.anchor: known += [p.name for p in bundled.iterdir() if p.is_dir()]
+        if not i and not path.anchor: known += bundled_models()
         exists = name in ('..', '.') or (here/name).exists()
         near = [name] if exists else get_close_matches(name, known, 1, .6)
         if not near: return ''

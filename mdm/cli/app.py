@@ -14,8 +14,9 @@ from contextvars import ContextVar
 from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
-from .command import at_least, check_device, make_parser, run_command, say
+from .command import at_least, bundled_help, check_device, make_parser, run_command, say
 from .sample import read_adapter_wish
+from ..utils.files import demo_models
 
 # %% ../../nbs/5_edges/11_app.ipynb #6949e440
 _page_script = """
@@ -484,7 +485,6 @@ def _check_args(args):
 
 def _start_forks(args, checkpoints, recipe, adapters):
     "The process that visitors are forked from, or None."
-    from mdm.utils.files import demo_models
     from mdm.widgets.forks import start_forks
     places = [place for place, _ in adapters.values()]
     return start_forks(list(checkpoints.values()) or demo_models[:1], recipe, args.device, places)
@@ -515,11 +515,11 @@ def mdm_app(
         'Serve the sampler as a web page, for this machine unless --host names another address. Every visitor gets a '
         'Python process of their own.',
         'mdm_app\nmdm_app runs/shapes --port 8866\nmdm_app shapes --adapter runs/diamond --adapter runs/night:0.5\n'
-        'mdm_app runs/first runs/second vis_model_000100.pth --recipe cc12m_64x64')
+        'mdm_app runs/first runs/second models/vis_model_64x64.pth --recipe cc12m_64x64')
     add = parser.add_argument
     add('checkpoints', metavar='CHECKPOINT', nargs='*',
         help='what to choose from: output folders of mdm_train, checkpoints, released .pth files, owner/name of the '
-             'Hub, or emoji or shapes for a model that comes with the library; none: a first screen that offers these')
+             f'Hub, or {bundled_help}; none: a first screen that offers {", ".join(demo_models)}')
     add('--adapter', metavar='FOLDER[:STRENGTH]', action='append', default=[],
         help='let visitors add what a fine-tuning learned; the page begins with this strength (1), or without it (0); '
              'may be given several times, and a folder with several adapters offers all of them')

@@ -215,7 +215,7 @@ def _shapes_flags(p):
 def _shapes(args):
     "Shards of drawn shapes."
     from mdm.data.shapes import shape_classes, shape_sample
-    classes, found = tuple(args.classes), {}
+    classes, found = tuple(args.classes), {} if args.plain else dict(more=' train.steps=3000')
     if classes:
         found['extra'] = dict(classes=shape_classes(args.classes))
         name = found['extra']['classes'][0]
@@ -263,7 +263,7 @@ def _emoji(args):
 # %% ../../nbs/5_edges/05_dataset.ipynb #f17e0004
 def _prior_flags(p):
     p.add_argument('model', metavar='CHECKPOINT',
-        help='the model that will be fine-tuned: a checkpoint, shapes, or owner/name of the Hub')
+        help='the model that will be fine-tuned: a checkpoint, emoji or shapes, or owner/name of the Hub')
     p.add_argument('prompts', metavar='PROMPTS', help='a text file with one prompt a line')
     p.add_argument('folder', metavar='FOLDER', help='where the shards go; made if it is not there')
     p.add_argument('--seed', type=at_least(0), default=0, help='of the first picture (%(default)s)')

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from .command import (add_sampling_flags, at_least, check_device, check_output, make_parser, run_command,
+from .command import (add_sampling_flags, at_least, bundled_help, check_device, check_output, make_parser, run_command,
                              sampling_wishes, say, verify_checkpoints)
 from ..utils.files import only_writer
 from ..utils.progress import progress_bar
@@ -97,7 +97,7 @@ def choose_tool(
     pipe, # `MDMPipeline`
     args:argparse.Namespace, # of `mdm_sample`
 )->tuple: # function to call with prompts, and the tool's settings by name; raises ValueError for flags that do not go together
-    "Choose between drawing from noise, `upscale`, `img2img` and `inpaint`."
+    "Choose between drawing from noise, `upscale`, `img2img`, `inpaint` and `animate`."
     _check_tool(args)
     given = {k: getattr(args, k) for k in _tool_flags if getattr(args, k) is not None}
     numbers = {k: v for k, v in given.items() if k in ('strength', 'repeats')}
@@ -112,7 +112,7 @@ def _asked(args):
     "All prompts of a command line. Raises ValueError when there are none, or when `--output` is no PNG file and no folder."
     prompts = args.rest + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
-        raise ValueError('no prompt: write what to draw behind the checkpoint, in quotes, or name a text file with '
+        raise ValueError('no prompt: write what to draw after the checkpoint, in quotes, or name a text file with '
             '--prompts-file')
     kind = Path(args.output).suffix.lower()
     if kind in ('.jpg', '.jpeg', '.webp', '.gif'):
@@ -365,10 +365,10 @@ def mdm_sample(
         "mdm_sample runs/shapes --prompts-file prompts.txt --n 1 --guidance 5 --solver unipc --steps 15 --every-resolution\n"
         "mdm_sample runs/shapes --image cross.png --mask centre.png "
         "'a large blue cross in the centre on a white background'\n"
-        "mdm_sample vis_model_000100.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
+        "mdm_sample models/vis_model_64x64.pth --recipe cc12m_64x64 'a cat on a red sofa' --output cat.png")
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT',
-        help='emoji or shapes (models that come with the library), output folder of mdm_train (its newest checkpoint), '
+        help=f'{bundled_help}, output folder of mdm_train (its newest checkpoint), '
              'one checkpoint, a released .pth file, or owner/name of the Hugging Face Hub')
     add('rest', metavar='PROMPT', nargs='*', help='what to draw, in quotes')
     add('--prompts-file', metavar='FILE', help='a text file with one prompt a line')
