@@ -123,8 +123,9 @@ def test_joining_counts_and_judges(tmp_path, monkeypatch):
     from mdm.models.nested_unet import create_model
     from mdm.pipeline import MDMPipeline
     from mdm.recipe import load_recipe
+    from tiny_models import even_v
     recipe = load_recipe('shapes', '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1]
-        model.num_groups=8 model.inner.num_groups=8 model.time_dim=32 model.inner.time_dim=32 text.dim=16 diffusion.mixed_ratio=[1,1] sample.steps=4'''.split())
+        model.num_groups=8 model.inner.num_groups=8 model.time_dim=32 model.inner.time_dim=32 text.dim=16 diffusion.mixed_ratio=[1,1] sample.steps=4'''.split() + even_v)
     torch.manual_seed(0)
     pipe = MDMPipeline(create_model(recipe.model, 16), recipe, device='cpu')
     configs = ways(pipe.config(), [1., .5])

@@ -20,10 +20,11 @@ from mdm.pipeline import MDMPipeline
 from mdm.diffusion.settings import SampleConfig
 from mdm.utils.configs import options
 from mdm.utils.files import only_writer
+from tiny_models import even_v
 
 commands = [mdm_train, mdm_sample, mdm_dataset, mdm_convert, mdm_demo]
 tiny = '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=32 model.inner.time_dim=32 text.dim=16 train.batch_size=4 train.steps=6
-    train.warmup_steps=2 train.log_every=2 train.save_every=4 train.preview_prompts=[] data.workers=0 sample.steps=2'''.split()
+    train.warmup_steps=2 train.log_every=2 train.save_every=4 train.preview_prompts=[] data.workers=0 sample.steps=2'''.split() + even_v
 prompt = 'a large red cross in the centre on a white background'
 
 @pytest.fixture(scope='module')

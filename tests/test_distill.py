@@ -16,7 +16,7 @@ from mdm.training.distill import (DistillLoss, Teacher, named_recipe, distill_le
                                   load_teacher)
 from mdm.training.learner import mdm_learner
 from mdm.training.run import run_training
-from tiny_models import data, fit, same, small
+from tiny_models import data, even_v, fit, same, small
 
 # ---- the solver
 
@@ -123,7 +123,7 @@ def test_jumps_and_their_targets():
 @pytest.fixture(scope='module')
 def taught(data, tmp_path_factory):
     "The checkpoint of a model that has learnt a little."
-    recipe = load_recipe('shapes', [*small, 'train.lr=3e-3', 'train.ema_decay=0.9', 'train.steps=40'])
+    recipe = load_recipe('shapes', [*small, *even_v, 'train.lr=3e-3', 'train.ema_decay=0.9', 'train.steps=40'])
     recipe.data.files = data
     learn = fit(mdm_learner(create_dls(recipe.data, 4, seed=0), recipe), 40)
     return learn.save_checkpoint(tmp_path_factory.mktemp('taught')/'step_00000040')

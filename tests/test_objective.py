@@ -237,7 +237,7 @@ def test_vdm_is_the_old_flag():
     ('prediction=velocity', "diffusion.prediction: found 'velocity', expected 'v', 'eps', 'x0' or 'flow'"),
     ('schedule=linear', 'diffusion.schedule: found'), ('logit_std=0', 'diffusion.logit_std: found 0.0, expected a number above 0'),
     ('min_snr_gamma=-1', 'diffusion.min_snr_gamma: found -1.0'), ('min_divisor=1', 'diffusion.min_divisor: found 1.0'),
-    ('prediction=x0 loss_target=flow', 'diffusion.min_divisor: found 0.0, expected above 0, e.g. 0.05: the loss turns x0 into flow'),
+    ('prediction=x0 loss_target=flow min_divisor=0', 'diffusion.min_divisor: found 0.0, expected above 0, e.g. 0.05: the loss turns x0 into flow'),
     ('vdm_weights=true loss_weight=min_snr', "diffusion.loss_weight: found 'min_snr', expected 'none' or 'vdm', since diffusion.vdm_weights is true")])
 def test_impossible_objectives_are_refused(change, says):
     with pytest.raises(RecipeError) as e: load_recipe('shapes', [f'diffusion.{o}' for o in change.split()])

@@ -9,7 +9,7 @@ from mdm.recipe import RecipeError, build_recipe, load_recipe
 from mdm.reference.checkpoints import StandIn, UnsafeCheckpoint, convert, load_released, save_released
 from mdm.reference.recipes import from_reference, is_reference, to_reference, translate
 from mdm.utils.files import bundled, presets
-from tiny_models import model, recipe, same, state, tiny
+from tiny_models import even_v, model, recipe, same, state, tiny
 
 here = Path(__file__).parent
 
@@ -93,7 +93,7 @@ def test_to_reference_refuses_objectives_of_ours(change):
         to_reference(load_recipe('shapes', [f'diffusion.{change}']))
 
 def test_vdm_weights_by_either_name():
-    for change in ('vdm_weights=true', 'loss_weight=vdm'): assert to_reference(load_recipe('shapes', [f'diffusion.{change}']))['diffusion_config']['use_vdm_loss_weights']
+    for change in ('vdm_weights=true', 'loss_weight=vdm'): assert to_reference(load_recipe('shapes', [*even_v, f'diffusion.{change}']))['diffusion_config']['use_vdm_loss_weights']
 
 def test_to_reference_refuses_what_it_cannot_say():
     with pytest.raises(RecipeError, match='model.inner.num_heads: found 4, expected 8'): to_reference(load_recipe('shapes', ['model.inner.num_heads=4']))

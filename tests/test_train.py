@@ -20,7 +20,7 @@ from mdm.training.learner import build_model, mdm_learner, output_callbacks
 from mdm.models.nested_unet import create_model
 from mdm.recipe import load_recipe, save_recipe
 from mdm.text import TextConfig
-from tiny_models import data, fit, make, small
+from tiny_models import data, even_v, fit, make, small
 
 def plain_sgd(learn):
     "Use SGD, whose steps are in proportion to the gradients; Adam's first steps make much of small differences."
@@ -65,7 +65,7 @@ def gradients(learn, *cbs):
 def test_accumulation_is_the_big_batch(make):
     "24 pictures in batches of 4: four of them make a step, and the two that are left another one."
     record = Record()
-    learn = make('train.accumulate=4', 'train.lr=1e-12')                        # so that the second step's weights are those of the first
+    learn = make(*even_v, 'train.accumulate=4', 'train.lr=1e-12')                        # so that the second step's weights are those of the first
     torch.manual_seed(1)
     parts = gradients(learn, record)
     assert len(record.batches) == 6 and len(parts) == 2 and learn.steps == 2
@@ -76,7 +76,7 @@ def test_accumulation_is_the_big_batch(make):
         for o in g[1:]: whole = join(whole, o)
         assert find_bs(whole[1]) == 4*len(g)
         big.append(whole)
-    reference = make('train.lr=1e-12')
+    reference = make(*even_v, 'train.lr=1e-12')
     whole = gradients(reference, Replay([*big, *record.batches[:4]]))[:2]
     for a, b in zip(parts, whole):
         norm = torch.stack([v.norm() for v in b.values()]).norm()

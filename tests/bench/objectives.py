@@ -26,8 +26,10 @@ from mdm.utils.files import atomic_write
 from mdm.utils.pictures import pixels_to_signal
 
 flow = 'schedule=flow prediction=flow loss_target=flow'
+even = 'prediction=v min_divisor=0 time_sampling=uniform logit_mean=0 logit_std=1'      # noise levels drawn evenly, the network predicts v
 settings = {                               # changes of the section `diffusion`
-    'today': '',
+    'today': '',                           # of the preset; the others change `even`
+    'even': '',
     'eps': 'loss_target=eps',
     'flow': flow,
     'v as flow': 'loss_target=flow',
@@ -123,7 +125,7 @@ def read_setting(text):
     "Name and changes, as `load_recipe` takes them, of a setting on the command line."
     name, colon, own = text.partition(':')
     if not colon and name not in settings: raise SystemExit(f'unknown setting {name!r}: choose from {", ".join(settings)}, or give NAME:key=value,key=value')
-    changes = re.split(r',(?![^\[]*\])', own) if colon else settings[name].split()           # no comma of a list
+    changes = re.split(r',(?![^\[]*\])', own) if colon else (f'{even} '*(name != 'today') + settings[name]).split()           # no comma of a list
     return name, [o if o.split('=')[0].count('.') else f'diffusion.{o}' for o in changes if o]
 
 def main(argv=None):
