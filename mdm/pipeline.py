@@ -68,7 +68,7 @@ def _key(path, recipe, raw, ema, kwargs): return repr((str(path), recipe or None
 
 @patch(cls_method=True)
 def from_pretrained(cls:MDMPipeline,
-    path:str|Path, # checkpoint folder, folder of checkpoints (the newest counts), a .pth file, a bundled model such as 'emoji', or a name of the Hub
+    path:str|Path, # a checkpoint, a folder of them (the newest counts), a .pth file, a bundled model's name, or a name of the Hub
     recipe:Recipe|str|Path|None=None, # needed for a .pth file with no YAML next to it, e.g. 'cc12m_64x64'
     raw:bool=False, # the weights as trained; False: their moving average
     ema:float|None=None, # decay of the moving average, where training kept several; None: the first

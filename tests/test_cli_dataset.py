@@ -131,7 +131,7 @@ def test_killed_as_a_program(tmp_path, call, monkeypatch):
 
 def test_shapes(tmp_path, call):
     code, out, _ = call('shapes', tmp_path/'d', '--n', 10, '--size', 16, '--seed', 3, '--per-shard', 4, '--held-out')
-    assert code == 0 and out.splitlines()[-1].startswith('3 shards') and 'mdm_train shapes --data' in out
+    assert code == 0 and out.splitlines()[-1].startswith('3 shards') and 'mdm_train shapes --data' in out and out.endswith(' train.steps=3000\n')      # its captions need more steps than the preset takes
     assert names(tmp_path/'d') == ['manifest.json', *(f'shapes-{k:06d}.tar' for k in range(3)), 'skipped.tsv']
     got = [s for *_,s in read_samples(find_tars(tmp_path/'d'))]
     captions = [s['txt'].decode() for s in got]

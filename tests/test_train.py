@@ -65,7 +65,7 @@ def gradients(learn, *cbs):
 def test_accumulation_is_the_big_batch(make):
     "24 pictures in batches of 4: four of them make a step, and the two that are left another one."
     record = Record()
-    learn = make(*even_v, 'train.accumulate=4', 'train.lr=1e-12')                        # so that the second step's weights are those of the first
+    learn = make(*even_v, 'train.accumulate=4', 'train.lr=1e-12')               # v: gradients are no long sums of one sign, which float32 rounds; the rate: so that the second step's weights are those of the first
     torch.manual_seed(1)
     parts = gradients(learn, record)
     assert len(record.batches) == 6 and len(parts) == 2 and learn.steps == 2

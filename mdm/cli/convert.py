@@ -132,7 +132,8 @@ def mdm_convert(
         'with its YAML file; or, with --card, write a folder for others. Files are read as data: code that a .pth file may '
         'contain is never executed. A DST that ends in .onnx or .pt2 becomes one call of the networks for ONNX Runtime or '
         'PyTorch, with a JSON file beside it that says how to sample.',
-        'mdm_convert models/vis_model_64x64.pth models/cc12m_64x64 --recipe cc12m_64x64\nmdm_convert runs/shapes shapes.pth\n'
+        'mdm_convert models/vis_model_64x64.pth models/cc12m_64x64 --recipe cc12m_64x64\n'
+        'mdm_convert runs/shapes shapes.pth\n'
         'mdm_convert runs/shapes shared --card --license apache-2.0 --push me/shapes\n'
         'mdm_convert shapes shapes.onnx --batch 2 --tokens 32')
     add = parser.add_argument

@@ -241,7 +241,8 @@ def mdm_evaluate(
     parser = make_parser('mdm_evaluate', _about, _examples)
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT', nargs='?',
-        help=f'{bundled_help}, output folder of mdm_train, one checkpoint, a released .pth file, or owner/name of the Hub')
+        help=f'{bundled_help}, output folder of mdm_train, one checkpoint, a released .pth file, or owner/name of '
+             'the Hub')
     add('--captions', metavar='FILE',
         help='what to draw: text with a caption a line, .jsonl with "caption", or .csv or .tsv with such a column (a model '
              'of classes: every class in turns)')

@@ -483,6 +483,7 @@ def _make_results(self:SamplerWidget):
     for o in (self.kind, self.inner, self.scrub): o.observe(lambda _: self._draw(), 'value')
     for o in self.makers: o.on_click(self._make_file)
 
+# %% ../../nbs/4_use/16_sampler_widget.ipynb #aa1f2e80
 @patch
 def _make_history(self:SamplerWidget):
     "The runs so far."
