@@ -36,8 +36,9 @@ class Server:
 
     def kernels(self):
         "The processes of the visitors; where they are forked, the one that they are copied from is left out."
-        forked = sys.platform == 'linux' and not torch.cuda.is_available()
-        return [o for o in psutil.Process(self.process.pid).children(recursive=True) if not forked or o.ppid() != self.process.pid]
+        forked, server = sys.platform == 'linux' and not torch.cuda.is_available(), psutil.Process(self.process.pid)
+        first = server.children() if forked else []          # asking each for its parent would fail for one that ends meanwhile
+        return [o for o in server.children(recursive=True) if o not in first]
 
     def stop(self, sig=signal.SIGTERM): self.process.send_signal(sig); return self.process.wait(60)
 
