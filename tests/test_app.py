@@ -378,9 +378,9 @@ def test_first_screen_without_a_checkpoint(folder, browser):
     s = Server(folder)
     try:
         page = opened(browser, s.url)
-        page.get_by_role('button', name='Try the demo model').wait_for(timeout=ready)
+        page.get_by_role('button', name='Try a bundled model').wait_for(timeout=ready)
         assert 'mdm_train' in page.locator('.mdm-sampler').inner_text()
-        press(page, 'Try the demo model'); page.get_by_text('Ready').wait_for(timeout=ready)
+        press(page, 'Try a bundled model'); page.get_by_text('Ready').wait_for(timeout=ready)
         start(page); finish(page)
         page.context.close()
     finally: assert s.stop(signal.SIGINT) in (0, 130)

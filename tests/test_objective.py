@@ -1,5 +1,5 @@
 "The schedule and the training objective: precision, mixed batches, refusals, a rehearsal of a GPU."
-import copy, importlib.util, math
+import copy, importlib.util, math, tarfile
 from itertools import product
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -7,6 +7,7 @@ import numpy as np
 import pytest, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from mdm.data.shapes import parse_caption
 from mdm.diffusion.objective import Diffusion, DiffusionConfig, flow_velocity, pyramid, read_as
 from mdm.diffusion.sampler import sample
 from mdm.diffusion.schedule import (LossWeight, Prediction, TimeSampling, add_noise, convert, flow_time, from_x0, make_gammas,
@@ -339,8 +340,23 @@ def test_the_comparison_measures_the_same_error_for_every_prediction(bench, data
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-5)
     assert torch.tensor(logsnr).shape == (2, len(bench.levels)) and abs(logsnr[1][5]) < .05
 
+def texts(path):
+    "All captions of a shard."
+    with tarfile.open(path) as f: return [f.extractfile(o).read().decode() for o in f if o.name.endswith('.txt')]
+
+@pytest.mark.parametrize('plain', [[], ['--plain']], ids=['all', 'plain'])
+def test_a_comparison_from_data_to_table(bench, tmp_path, capsys, plain):
+    "Two steps of two settings: each is measured once, and captions and pictures are of the kind that was asked for."
+    args = ['--steps', '2', '--seeds', '0', '--settings', 'today', 'even', '--captions', '4', '--draw', '2', *plain,
+            '--data', str(tmp_path/'data'), '--output', str(tmp_path/'found.json'), 'train.batch_size=4', 'model.channels=[8,8]', 'model.inner.channels=[8,8,8]']
+    runs = bench.main(args)
+    assert [o['setting'] for o in runs.values()] == ['today', 'even'] and capsys.readouterr().out.count('| today |') == 3
+    said = {len(parse_caption(o)) for path in tmp_path.glob('data/**/*.tar') for o in texts(path)}
+    assert said == {5} if plain else min(said) < 5
+    assert bench.main(args) == runs and 'seed 0' not in capsys.readouterr().out         # nothing was trained again
+
 class read_as_module(torch.nn.Module):
-    "What `read_as` gives, as a module."
+    "What `read_as gives, as a module."
     def __init__(self, model, diffusion):
         super().__init__()
         self.scales = model.scales

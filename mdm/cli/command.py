@@ -174,7 +174,6 @@ def short_warnings(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         if not is_main(): warnings.simplefilter('ignore')    # the first of several processes shows them
-        warnings.filterwarnings('ignore', 'You are shadowing an attribute')
         warnings.showwarning = lambda text, *args, **kwargs: say(f"{name}: warning: {' '.join(str(text).split())}")
         yield
 

@@ -158,7 +158,7 @@ class Accumulate(GradientAccumulation):
         self.count = 0
 
     def after_train(self):
-        counted = hasattr(self.learn, 'count_steps') and self.learn.count_steps.stop is not None
+        counted = hasattr(self.learn, 'count_steps') and self.learn.count_steps.last is not None
         # several processes exchange gradients only when a group is full
         if not self.count or counted or self.epoch + 1 < self.n_epoch or torch.distributed.is_initialized(): return
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], self.n_acc/self.count)
@@ -240,9 +240,9 @@ class CountSteps(Callback):
     "Count optimizer steps in `learn.steps`, over several fits; end the fit at a set number."
     order, run_valid = callback_order['CountSteps'], False
     def __init__(self,
-        stop:int|None=None, # end the fit when `learn.steps` reaches this; None: never
+        last:int|None=None, # end the fit when `learn.steps` reaches this; None: never
     ):
-        self.stop = stop
+        self.last = last
 
     def before_fit(self):
         self.learn.steps = getattr(self.learn, 'steps', 0)
@@ -251,7 +251,7 @@ class CountSteps(Callback):
     def after_step(self): self.learn.steps += 1
 
     def after_batch(self):
-        if self.stop is not None and self.learn.steps >= self.stop: raise CancelFitException()
+        if self.last is not None and self.learn.steps >= self.last: raise CancelFitException()
 
 # %% ../../nbs/3_training/05_callbacks.ipynb #6ca4499f
 def change_dtype(

@@ -146,8 +146,8 @@ def _do_epoch_train(self:MDMLearner):
 # %% ../../nbs/3_training/10_learner.ipynb #75f7f581
 @patch
 def _do_fit(self:MDMLearner):
-    "Run epochs until `count_steps.stop` is reached, if there is such a number. Raises `ValueError` for an empty epoch."
-    stop = self.count_steps.stop
+    "Run epochs until `count_steps.last` is reached, if there is such a number. Raises `ValueError` for an empty epoch."
+    stop = self.count_steps.last
     if stop is None: return super(MDMLearner, self)._do_fit()
     for self.epoch in itertools.count():
         if self.steps >= stop: return
@@ -179,10 +179,10 @@ def fit_steps(self:MDMLearner,
     train = self.recipe.train
     n = train.steps if n is None else n
     if n <= self.steps: return
-    self.lr_schedule.total, self.count_steps.stop = n, n
+    self.lr_schedule.total, self.count_steps.last = n, n
     epochs = math.ceil((n - self.steps)*train.accumulate/max(1, len(self.dls.train)))
     try: self.fit(epochs, lr, cbs=cbs)
-    finally: self.lr_schedule.total = self.count_steps.stop = None
+    finally: self.lr_schedule.total = self.count_steps.last = None
 
 # %% ../../nbs/3_training/10_learner.ipynb #4b893c13
 @patch(as_prop=True)

@@ -222,7 +222,7 @@ def _nested_frames(
 @patch
 def _offer_demo(self:SamplerWidget):
     "The first screen where no model was named."
-    self.demo_button = W.Button(description='Try the demo model', button_style='primary',
+    self.demo_button = W.Button(description='Try a bundled model', button_style='primary',
                                 tooltip='Open a small model that comes with the library')
     def demo(card=None):
         self.shelf.paths.update({o: o for o in demo_models})

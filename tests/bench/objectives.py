@@ -69,11 +69,11 @@ def v_errors(pipe, files, n, seed=0):
         count += len(images)
     return (sums/count).tolist(), own[:, steps].tolist()
 
-def pictures_of(folder, recipe, n, held_out, seed):
+def pictures_of(folder, recipe, n, held_out, seed, plain):
     "Shards of shapes; drawn once."
     done = folder/'done'
     if not done.exists():
-        write_shapes(folder, n, recipe.data.image_size, seed, held_out=held_out)
+        write_shapes(folder, n, recipe.data.image_size, seed, held_out=held_out, plain=plain)
         done.touch()
     return [str(o) for o in sorted(folder.glob('*.tar'))]
 
@@ -81,16 +81,17 @@ def measure(changes, seed, args, folder):
     "Train one setting with one seed; its figures."
     recipe = load_recipe(args.recipe, [*args.rest, *changes, f'train.steps={args.steps}', f'train.seed={seed}', 'train.preview_prompts=[]',
                                        f'train.warmup_steps={min(args.warmup, args.steps//2)}', f'train.output={folder}'])
+    data = Path(args.data)/('plain' if args.plain else 'all')
     if not recipe.data.files:
         most = min(args.pictures, args.steps*recipe.train.batch_size*recipe.train.accumulate)
-        recipe.data.files = pictures_of(Path(args.data)/f'train-{seed}-{most}', recipe, most, False, seed)
-    valid = args.valid or pictures_of(Path(args.data)/f'valid-{args.captions}', recipe, args.captions, True, 10_000)
+        recipe.data.files = pictures_of(data/f'train-{seed}-{most}', recipe, most, False, seed, args.plain)
+    valid = args.valid or pictures_of(data/f'valid-{args.captions}', recipe, args.captions, True, 10_000, args.plain)
     began = time.perf_counter()
     learn = run_training(recipe, overwrite=True)
     pipe = MDMPipeline.from_pretrained(folder)
     with open(Path(folder)/'log.csv', newline='') as f: rows = list(csv.DictReader(f))
     errors, logsnr = v_errors(pipe, valid, args.captions)
-    captions, judge = shapes_captions(args.captions, seed), {}
+    captions, judge = shapes_captions(args.captions, seed, plain=args.plain), {}
     for steps, spacing in product(args.draw or [recipe.sample.steps], dict.fromkeys(args.spacing or [recipe.sample.spacing])):
         judge[f'{steps} {spacing}'] = shapes_report(pipe(captions, n=1, seed=seed, batch_size=32, steps=steps, spacing=spacing), captions)
     return dict(seconds=round(learn.seconds, 1), all_seconds=round(time.perf_counter() - began, 1), loss=float(rows[-1]['loss']) if rows else None,
@@ -142,6 +143,7 @@ def main(argv=None):
     add('--captions', type=int, default=128, help='held-out captions to judge, and held-out pictures for the error of v')
     add('--pictures', type=int, default=16_000, help='training pictures of shapes at most')
     add('--data', default='objectives_data', help='folder for the pictures, which are drawn once')
+    add('--plain', action='store_true', help="captions that say everything, and pictures that vary less, as in mdm_demo")
     add('--valid', nargs='+', help='validation shards of your own; without: shapes')
     add('--output', default='objectives.json')
     add('--table', action='store_true', help='only print what is in --output')
@@ -150,7 +152,7 @@ def main(argv=None):
     runs = json.loads(out.read_text()) if out.exists() else {}
     for seed in () if args.table else args.seeds:                # seed by seed: an early stop leaves a comparison
         for name, changes in map(read_setting, args.settings):
-            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions])
+            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions, args.plain])
             if key in runs: continue
             with tempfile.TemporaryDirectory() as folder: figures = measure(changes, seed, args, folder)
             runs = json.loads(out.read_text()) if out.exists() else {}       # another process may have added to it
