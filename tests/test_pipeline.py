@@ -1,8 +1,10 @@
 "The pipeline as people use it: any batch size, stopping, pictures of any kind, and what it remembers."
-import gc, inspect, weakref
+import copy, gc, inspect, weakref
+from collections import Counter
 from dataclasses import fields
 import numpy as np, pytest, torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from mdm.checkpoint import save_checkpoint
 from mdm.data.shapes import caption, random_shape, shapes_captions
 from mdm.data.shapes_judge import prompt_accuracy
@@ -13,6 +15,9 @@ from mdm.utils.pictures import from_pil, to_pil
 from mdm.recipe import load_recipe
 from mdm.utils.configs import ConfigError
 from mdm.text import HashEncoder
+from mdm.evaluation.runs import sample_missing
+from mdm.widgets.sampler import SamplerWidget
+from mdm.widgets.state import SamplerRun, SamplerSettings, Side
 
 tiny = '''model.channels=[8,8] model.inner.channels=[8,8] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1] model.time_dim=16 model.inner.time_dim=16 model.num_groups=4
     model.inner.num_groups=4 text.dim=16 data.image_size=16 sample.steps=4'''.split()
@@ -282,3 +287,53 @@ def test_an_opaque_mask_counts_by_its_colours(pipe, recwarn):
     (Image.new('RGB', (16, 16), 'white'), 'whole picture')])
 def test_a_mask_of_one_value_is_questioned(pipe, mask, said):
     with pytest.warns(UserWarning, match=said): pipe.inpaint(Image.new('RGB', (16, 16)), mask, prompt, n=1, steps=2)
+
+# ---- weights in bfloat16
+
+class Conversions(TorchDispatchMode):
+    "Counts how often each weight of a model is converted to bfloat16."
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.counts = {p.data_ptr(): name for name, p in model.named_parameters()}, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get('dtype') == torch.bfloat16 and args[0].data_ptr() in self.names:
+            self.counts[self.names[args[0].data_ptr()]] += 1
+        return func(*args, **kwargs or {})
+
+@pytest.fixture
+def half(pipe): return MDMPipeline(create_model(pipe.recipe.model, 16), pipe.recipe, device='cpu', bf16=True)
+
+def test_each_weight_is_converted_once(half, tmp_path):
+    "Not once per step: in a call of the pipeline, in a run of pictures of captions, and in a widget."
+    def in_widget():
+        settings = SamplerSettings(prompt, n=1, sides=[dict(checkpoint='half', recipe='')])
+        widget.live.value = False
+        return widget._sample(SamplerRun(settings, [Side(half, settings)]))
+    widget = SamplerWidget(half)
+    widget.wait(60)
+    (tmp_path/'pictures').mkdir()
+    for draw in (lambda: half(prompt, n=1), lambda: sample_missing(half, tmp_path, [prompt]), in_widget):
+        with Conversions(half.model) as mode: draw()
+        assert len(mode.counts) > 50 and set(mode.counts.values()) == {1}, mode.counts
+    with Conversions(half.model) as mode: list(half.steps([prompt]))
+    assert set(mode.counts.values()) == {4}                  # by itself a generator keeps nothing between its steps
+
+def test_weights_that_were_changed_count(half):
+    "Nothing that was converted outlives a call, a stopped or failed one neither."
+    before = pixels(half(prompt, n=1)[0])
+    def fail(*args): raise RuntimeError('mine')
+    half(prompt, n=1, progress=lambda *args: False)
+    with pytest.raises(RuntimeError, match='mine'): half(prompt, n=1, progress=fail)
+    with torch.no_grad():
+        for p in half.model.parameters(): p += .2*torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    fresh = MDMPipeline(copy.deepcopy(half.model), half.recipe, device='cpu', bf16=True)
+    after = pixels(half(prompt, n=1)[0])
+    assert (after == pixels(fresh(prompt, n=1)[0])).all() and (after != before).any()
+
+def test_the_caller_computes_as_before(half):
+    "`progress` and the loop around the steps are under the autocast that they are under outside."
+    a, seen = torch.randn(4, 4), []
+    half(prompt, n=1, progress=lambda *args: seen.append((a @ a).dtype))
+    with torch.autocast('cpu', dtype=torch.bfloat16): half(prompt, n=1, progress=lambda *args: seen.append((a @ a).dtype))
+    assert seen == 4*[torch.float32] + 4*[torch.bfloat16] and (a @ a).dtype == torch.float32

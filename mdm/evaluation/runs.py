@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from ..diffusion.settings import SampleConfig
-from ..pipeline import MDMPipeline
+from ..pipeline import MDMPipeline, keep_casts
 from ..utils.files import atomic_write
 from ..utils.pictures import png_bytes, to_pil
 
@@ -127,8 +127,9 @@ def sample_missing(
     total, done = sum(map(len, todo)), 0
     for block in todo:
         seeds = [seed + i for i in block]
-        for step in pipe.steps([captions[i] for i in block], [negative_prompt]*len(block), seeds, config):
-            if progress: progress('sampling', done + len(block)*step.index//step.total, total)
+        with keep_casts():
+            for step in pipe.steps([captions[i] for i in block], [negative_prompt]*len(block), seeds, config):
+                if progress: progress('sampling', done + len(block)*step.index//step.total, total)
         for i, picture in zip(block, to_pil(step.x[0])):
             if picture_path(folder, i).exists(): continue
             with atomic_write(picture_path(folder, i)) as f:

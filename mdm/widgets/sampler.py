@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from PIL import Image
 from ..diffusion.sampler import join_problem
 from ..diffusion.settings import SampleConfig
-from ..pipeline import MDMPipeline
+from ..pipeline import MDMPipeline, keep_casts
 from ..utils.configs import options
 from ..utils.files import demo_models, presets
 from ..utils.pictures import gif_bytes, mp4_bytes
@@ -646,15 +646,16 @@ def _work(self:SamplerWidget, settings):
 def _sample(self:SamplerWidget, run):
     "Take all steps of a run and show how far it is; returns how many were taken."
     start, drawn, done = time.perf_counter(), 0., 0
-    for done, step in enumerate(walk_together(run.sides, self.stop_event), 1):
-        run.seconds, (total, _) = time.perf_counter() - start, run.progress()
-        if run.seconds - drawn < self.every and done < total: continue
-        drawn = run.seconds
-        self.progress.max, self.progress.value = total, done
-        per_step = run.seconds/done
-        self._say(f'Step {done} of {total}, t = {step.t}. {run.seconds:.1f} s, {per_step:.2f} s per step, '
-                  f'about {per_step*(total - done):.0f} s to go.')
-        if self.live.value: self._follow()
+    with keep_casts():
+        for done, step in enumerate(walk_together(run.sides, self.stop_event), 1):
+            run.seconds, (total, _) = time.perf_counter() - start, run.progress()
+            if run.seconds - drawn < self.every and done < total: continue
+            drawn = run.seconds
+            self.progress.max, self.progress.value = total, done
+            per_step = run.seconds/done
+            self._say(f'Step {done} of {total}, t = {step.t}. {run.seconds:.1f} s, {per_step:.2f} s per step, '
+                      f'about {per_step*(total - done):.0f} s to go.')
+            if self.live.value: self._follow()
     return done
 
 # %% ../../nbs/4_use/16_sampler_widget.ipynb #19a7dc81
