@@ -13,7 +13,7 @@ from mdm.training.learner import mdm_learner
 
 # ---- a model
 
-even_v = [f'diffusion.{o}' for o in ('prediction=v', 'min_divisor=0', 'time_sampling=uniform', 'logit_mean=0', 'logit_std=1')]      # an objective of the reference; with it, an untrained network draws more than grey
+even_v = [f'diffusion.{o}' for o in ('schedule=deepfloyd', 'prediction=v', 'loss_target=v', 'time_sampling=uniform', 'logit_mean=0', 'logit_std=1')]      # an objective of the reference; with it, an untrained network draws more than grey
 tiny = [*even_v, 'model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
         'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']
 

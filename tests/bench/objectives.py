@@ -26,7 +26,7 @@ from mdm.utils.files import atomic_write
 from mdm.utils.pictures import pixels_to_signal
 
 flow = 'schedule=flow prediction=flow loss_target=flow'
-even = 'prediction=v min_divisor=0 time_sampling=uniform logit_mean=0 logit_std=1'      # noise levels drawn evenly, the network predicts v
+even = 'schedule=deepfloyd prediction=v loss_target=v time_sampling=uniform logit_mean=0 logit_std=1'      # noise levels drawn evenly, the network predicts v
 settings = {                               # changes of the section `diffusion`
     'today': '',                           # of the preset; the others change `even`
     'even': '',
