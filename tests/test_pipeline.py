@@ -337,14 +337,3 @@ def test_the_caller_computes_as_before(half):
     half(prompt, n=1, progress=lambda *args: seen.append((a @ a).dtype))
     with torch.autocast('cpu', dtype=torch.bfloat16): half(prompt, n=1, progress=lambda *args: seen.append((a @ a).dtype))
     assert seen == 4*[torch.float32] + 4*[torch.bfloat16] and (a @ a).dtype == torch.float32
-
-def test_weights_lie_as_they_are_used(tmp_path):
-    "In channels last where a CPU samples in bfloat16; the pictures and the file of the model are the same."
-    shapes, as_before, full = (MDMPipeline.from_pretrained('shapes', device='cpu', bf16=o) for o in (True, True, False))
-    as_before.model.to(memory_format=torch.contiguous_format)
-    format_of = lambda pipe: {p.is_contiguous(memory_format=torch.channels_last) for p in pipe.model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1}
-    assert (format_of(shapes), format_of(as_before), format_of(full)) == ({True}, {False}, {False})
-    a, b = (pixels(o(prompt, n=1, steps=3)[0]) for o in (shapes, as_before))
-    assert (a == b).all()
-    one, two = (o.save_pretrained(tmp_path/name)/'model.safetensors' for o, name in ((shapes, 'a'), (full, 'b')))
-    assert one.read_bytes() == two.read_bytes()
