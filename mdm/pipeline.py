@@ -245,7 +245,7 @@ def as_guide(self:MDMPipeline,
 def keep_casts(): # a context; the weights must not change inside
     "Convert each weight to bfloat16 once for all steps that are taken inside, on any device."
     as_it_is = dict(dtype=torch.get_autocast_dtype('cpu'), enabled=torch.is_autocast_enabled('cpu'))
-    return torch.autocast('cpu', **as_it_is)                 # only the end of the outermost autocast forgets the conversions
+    return torch.autocast('cpu', **as_it_is)                 # only the end of the outermost one forgets conversions
 
 # %% ../nbs/3_training/03_pipeline.ipynb #2fa3ea16
 def to_clips(

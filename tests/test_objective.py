@@ -356,7 +356,7 @@ def test_a_comparison_from_data_to_table(bench, tmp_path, capsys, plain):
     assert bench.main(args) == runs and 'seed 0' not in capsys.readouterr().out         # nothing was trained again
 
 class read_as_module(torch.nn.Module):
-    "What `read_as gives, as a module."
+    "What `read_as` gives, as a module."
     def __init__(self, model, diffusion):
         super().__init__()
         self.scales = model.scales

@@ -9,13 +9,13 @@ from mdm.checkpoint import save_checkpoint
 from mdm.data.shapes import caption, random_shape, shapes_captions
 from mdm.data.shapes_judge import prompt_accuracy
 from mdm.diffusion.settings import SampleConfig
+from mdm.evaluation.runs import sample_missing
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.utils.pictures import from_pil, to_pil
 from mdm.recipe import load_recipe
 from mdm.utils.configs import ConfigError
 from mdm.text import HashEncoder
-from mdm.evaluation.runs import sample_missing
 from mdm.widgets.sampler import SamplerWidget
 from mdm.widgets.state import SamplerRun, SamplerSettings, Side
 
@@ -318,6 +318,9 @@ def test_each_weight_is_converted_once(half, tmp_path):
         assert len(mode.counts) > 50 and set(mode.counts.values()) == {1}, mode.counts
     with Conversions(half.model) as mode: list(half.steps([prompt]))
     assert set(mode.counts.values()) == {4}                  # by itself a generator keeps nothing between its steps
+    half.model.requires_grad_(False)
+    with Conversions(half.model) as mode: half(prompt, n=1)
+    assert set(mode.counts.values()) == {4}                  # nor does PyTorch keep weights that take no gradient
 
 def test_weights_that_were_changed_count(half):
     "Nothing that was converted outlives a call, a stopped or failed one neither."

@@ -317,7 +317,8 @@ def test_the_first_screen_shows_what_the_model_drew():
     row.children[2].button.click()
     assert (w.prompt.value, w.seed.value) == row.children[2].example and w.keep_seed.value
     run(w, n=1)
-    drawn = w.runs[0].sides[0].pictures()[0][0].astype(int)
+    drawn, (text, seed) = w.runs[0].sides[0].pictures()[0][0].astype(int), row.children[2].example
+    assert (drawn == np.asarray(MDMPipeline.from_pretrained('shapes', device='cpu')(text, n=1, seed=seed)[0])).all()
     off = [np.abs(drawn - np.asarray(Image.open(bundled/'shapes'/f'example_{k}.png'))).mean() for k in range(1, 9)]
     assert off[2] < 2 < 10 < min(off[:2] + off[3:])                      # the same picture again; processors round bfloat16 in different ways
     assert sum(o.stat().st_size for o in (bundled/'shapes').glob('example_*.png')) < 60_000

@@ -3,6 +3,7 @@ from copy import deepcopy
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
+from bench.objectives import even
 from mdm.data.loader import create_dls
 from mdm.data.shapes import write_shapes
 from mdm.models.adapters import adapter_config, adapter_state, add_adapter, choose_layers
@@ -13,7 +14,7 @@ from mdm.training.learner import mdm_learner
 
 # ---- a model
 
-even_v = [f'diffusion.{o}' for o in ('schedule=deepfloyd', 'prediction=v', 'loss_target=v', 'time_sampling=uniform', 'logit_mean=0', 'logit_std=1')]      # an objective of the reference; with it, an untrained network draws more than grey
+even_v = [f'diffusion.{o}' for o in even.split()]      # an objective of the reference; with it, an untrained network draws more than grey
 tiny = [*even_v, 'model.channels=[8,8]', 'model.inner.channels=[8,8]', 'model.num_resnets=[1,1]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.num_groups=8', 'model.inner.num_groups=8',
         'model.time_dim=16', 'model.inner.time_dim=16', 'text.dim=8']
 

@@ -147,14 +147,14 @@ def _do_epoch_train(self:MDMLearner):
 @patch
 def _do_fit(self:MDMLearner):
     "Run epochs until `count_steps.last` is reached, if there is such a number. Raises `ValueError` for an empty epoch."
-    stop = self.count_steps.last
-    if stop is None: return super(MDMLearner, self)._do_fit()
+    last = self.count_steps.last
+    if last is None: return super(MDMLearner, self)._do_fit()
     for self.epoch in itertools.count():
-        if self.steps >= stop: return
+        if self.steps >= last: return
         batches = self.train_iter
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         if self.train_iter == batches: raise ValueError(
-            f'the training loader gave no batch in a whole epoch, so step {stop:,} cannot be reached '
+            f'the training loader gave no batch in a whole epoch, so step {last:,} cannot be reached '
             f'(now at step {self.steps:,}): are there at least train.batch_size = {self.recipe.train.batch_size} '
             'good pictures in data.files?')
 

@@ -545,6 +545,7 @@ def _load_now(self:SamplerWidget, side):
     millions = sum(o.numel() for o in pipe.model.parameters())/1e6
     self._say(f'Ready: {millions:,.1f} million parameters, on {pipe.device}.')
 
+# %% ../../nbs/4_use/16_sampler_widget.ipynb #5564d93e
 @patch
 def _show_model(self:SamplerWidget, pipe, name):
     "Prompts, and before the first run also pictures and noise schedule, of the first model."
@@ -812,6 +813,7 @@ def _adapter_places(self:SamplerWidget):
     "Where the adapters are; None where strangers use the page."
     return {name: place for name, (place, _) in self.shelf.adapters.items()} if self.shelf.any_path else None
 
+# %% ../../nbs/4_use/16_sampler_widget.ipynb #28cd0c2d
 @patch
 def _path_film(self:SamplerWidget, run, kind):
     "The path from noise to picture as a file of a kind."
