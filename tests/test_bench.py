@@ -117,9 +117,9 @@ def test_every_script_finds_what_it_imports(script):
     import importlib
     assert importlib.import_module(f'bench.{script}').__doc__
 
-def test_joining_counts_and_judges(tmp_path, monkeypatch):
-    "The table of a nest that was trained on mixed batches, with counted work and the judge's figures."
-    from bench.joining import figures, table, ways
+@pytest.fixture
+def mixed_nest(tmp_path):
+    "A checkpoint of a tiny nest that was trained on mixed batches."
     from mdm.models.nested_unet import create_model
     from mdm.pipeline import MDMPipeline
     from mdm.recipe import load_recipe
@@ -127,12 +127,44 @@ def test_joining_counts_and_judges(tmp_path, monkeypatch):
     recipe = load_recipe('shapes', '''model.channels=[8,16] model.inner.channels=[8,16] model.inner.num_resnets=[1,1] model.inner.num_attention_layers=[0,1]
         model.num_groups=8 model.inner.num_groups=8 model.time_dim=32 model.inner.time_dim=32 text.dim=16 diffusion.mixed_ratio=[1,1] sample.steps=4'''.split() + even_v)
     torch.manual_seed(0)
-    pipe = MDMPipeline(create_model(recipe.model, 16), recipe, device='cpu')
-    configs = ways(pipe.config(), [1., .5])
-    found = figures(pipe, ['a red circle', 'something blue'], configs)
-    lines = table(recipe, configs, found)
-    assert len(found) == len(configs) and found[0][2] == 0 < found[1][2] and '0 %' in lines[3].replace('0%', '0 %')
-    saved = [int(line.split('|')[4].strip().rstrip('%')) for line in lines[3:]]
+    model = create_model(recipe.model, 16)
+    for p in model.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=.1)     # a new network predicts nothing
+    MDMPipeline(model, recipe, device='cpu').save_pretrained(tmp_path/'nest')
+    return tmp_path/'nest'
+
+def cells(lines): return [[o.strip() for o in line.strip('|').split('|')] for line in lines]
+
+def test_ways_of_sampling_by_the_judge_of_shapes(mixed_nest, capsys, tmp_path):
+    from bench import ways
+    ways.main(['--model', str(mixed_nest), '--joins', '1', '.5', '--captions', '24', '--output', str(tmp_path/'rows.json'), '--sheet', str(tmp_path/'sheet.png')])
+    rows = json.loads((tmp_path/'rows.json').read_text())
+    flops = [float(o['GFLOP per picture']) for o in rows]
+    assert len(rows) == 4 and all(o < flops[0] for o in flops[1:])
+    assert float(rows[0]['RMSE']) == 0 < float(rows[1]['RMSE']) and '±' in rows[0]['right and clean']
+    shown = cells(capsys.readouterr().out.splitlines()[-6:])
+    assert shown[0] == list(rows[0]) and shown[2:] == [list(o.values()) for o in rows]
+    assert (tmp_path/'sheet.png').stat().st_size > 1000
+
+def test_ways_of_sampling_by_retrieval_with_a_student_and_a_guide(mixed_nest, tmp_path):
+    from bench import ways
+    from mdm.data.shapes import write_shapes
+    from mdm.evaluation.retrieval import RetrievalConfig, train_retrieval
+    write_shapes(tmp_path/'data', 120, 32, seed=1)
+    data = [str(o) for o in sorted((tmp_path/'data').glob('*.tar'))]
+    train_retrieval(data, tmp_path/'judge', RetrievalConfig(size=16, width=4, layers=2, dim=8, steps=2, batch_size=16))
+    ways.main(['--model', str(mixed_nest), '--data', *data, '--retrieval', str(tmp_path/'judge'), '--captions', '24', '--output', str(tmp_path/'rows.json'), '--ways',
+               'usual:guidance=2', 'none:guidance=1', 'interval:guidance=2,guidance_interval=[0.3,0.6]', f'guided:guidance=2,guide={mixed_nest}', f'other:model={mixed_nest},steps=2'])
+    rows = {o['way']: o for o in json.loads((tmp_path/'rows.json').read_text())}
+    flops = {k: float(o['GFLOP per picture']) for k, o in rows.items()}
+    assert flops['none'] < flops['interval'] < flops['usual'] and flops['usual'] == pytest.approx(2*flops['none'], rel=.1) and flops['guided'] == pytest.approx(flops['usual'], rel=.1)
+    assert rows['guided']['RMSE'] == rows['none']['RMSE'] != '0.000'            # a model that guides itself changes nothing
+    assert all('±' in rows['other'][k] for k in ('picked', 'FD', 'KID x 1000'))
+
+def test_ways_of_the_released_shapes(capsys):
+    from bench import ways
+    ways.main(['shapes', '--joins', '1', '.5'])
+    saved = [int(o[-1].rstrip('%')) for o in cells(capsys.readouterr().out.splitlines()[4:8])]
     assert saved[0] == 0 and all(o > 0 for o in saved[1:])
 
 # ---- the loader
