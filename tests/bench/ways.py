@@ -129,13 +129,13 @@ def judged(ways, first, captions, figures):
         print(rows[-1], flush=True)
     return rows, drawn
 
-def real_pictures(recipe, data, judge, n):
-    "Captions of real pictures, and the judge's vectors of the pictures."
+def real_pictures(recipe, data, judge, n, real):
+    "Captions of n real pictures, and the judge's vectors of these and of more, `real` in all."
     captions, found = [], []
-    for _, pictures, texts, _ in read_pictures(data, recipe.data.image_size, 64, n, data=recipe.data):
+    for _, pictures, texts, _ in read_pictures(data, recipe.data.image_size, 64, max(n, real), data=recipe.data):
         captions += texts
         found.append(vectors(judge, pictures))
-    return captions, torch.cat(found)
+    return captions[:n], torch.cat(found)
 
 def table(rows):
     "Lines of a Markdown table."
@@ -158,6 +158,7 @@ def main(argv=None):
     add('--captions', type=int, default=128, help='held-out captions of shapes, or pictures of the data (%(default)s)')
     add('--each', type=int, default=1, help='pictures of each caption of shapes (%(default)s)')
     add('--data', nargs='+', help='shards of real pictures'), add('--retrieval', help='folder of the judge')
+    add('--real', type=int, default=4000, help='real pictures for FD and KID, at most (%(default)s)')
     add('--output', type=Path, help='JSON with the rows'), add('--sheet', type=Path, help='PNG with the first 12 pictures of every way')
     args = parser.parse_args(argv)
     ways = args.ways or joining(args.joins)
@@ -167,7 +168,7 @@ def main(argv=None):
     pipe = MDMPipeline.from_pretrained(args.model, device='cpu')
     if args.retrieval:
         judge = load_retrieval(args.retrieval)
-        captions, real = real_pictures(pipe.recipe, args.data, judge, args.captions)
+        captions, real = real_pictures(pipe.recipe, args.data, judge, args.captions, args.real)
         figures = partial(retrieval_figures, judge, real)
     else: captions, figures = [o for o in shapes_captions(args.captions, held_out=True, seed=7) for _ in range(args.each)], shapes_figures
     rows, drawn = judged(ways, pipe, captions, figures)
