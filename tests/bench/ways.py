@@ -156,6 +156,7 @@ def main(argv=None):
     add('--ways', nargs='+', help='NAME:key=value,...; the first one is what the others are compared with')
     add('--joins', type=float, nargs='+', default=[1., .9, .8, .7, .6, .5, .4, .3, .2], help='without --ways: values of sample.join, the first one 1')
     add('--captions', type=int, default=128, help='held-out captions of shapes, or pictures of the data (%(default)s)')
+    add('--plain', action='store_true', help='captions of shapes that say everything, as in mdm_demo')
     add('--each', type=int, default=1, help='pictures of each caption of shapes (%(default)s)')
     add('--data', nargs='+', help='shards of real pictures'), add('--retrieval', help='folder of the judge')
     add('--real', type=int, default=4000, help='real pictures for FD and KID, at most (%(default)s)')
@@ -170,7 +171,7 @@ def main(argv=None):
         judge = load_retrieval(args.retrieval)
         captions, real = real_pictures(pipe.recipe, args.data, judge, args.captions, args.real)
         figures = partial(retrieval_figures, judge, real)
-    else: captions, figures = [o for o in shapes_captions(args.captions, held_out=True, seed=7) for _ in range(args.each)], shapes_figures
+    else: captions, figures = [o for o in shapes_captions(args.captions, seed=7, plain=args.plain) for _ in range(args.each)], shapes_figures
     rows, drawn = judged(ways, pipe, captions, figures)
     print('\n'.join(table(rows)))
     if args.output: args.output.write_text(json.dumps(rows, indent=1))
