@@ -16,7 +16,7 @@ from mdm.training.sharded import full_model_state, full_optimizer_state, load_mo
 from mdm.recipe import load_recipe
 
 tiny = ['model.channels=[8,8]', 'model.time_dim=32', 'model.num_groups=4', 'model.inner.channels=[8,16]', 'model.inner.num_resnets=[1,1]', 'model.inner.num_attention_layers=[0,1]', 'model.inner.num_heads=2',
-        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'text.dim=16', 'data.image_size=16', 'train.lr=1e-3', 'train.optimizer=adamw', 'train.bf16=false']
+        'model.inner.time_dim=32', 'model.inner.num_groups=4', 'text.dim=16', 'data.image_size=16', 'train.lr=1e-3', 'train.betas=[0.95,0.99]', 'train.warmup_steps=60', 'train.optimizer=adamw', 'train.bf16=false']
 B, STEPS = 8, 4                                               # pictures of all processes together, batches
 
 class Batches:

@@ -299,7 +299,7 @@ def test_no_number_is_beyond_a_computer():
 def test_batch_size_of_the_issue(): assert 'train.batch_size' in problems(with_('train.batch_size', 10**23))[0] and 'train.batch_size' in problems(with_('train.batch_size', 2**30))[0]
 
 def test_a_short_trial_shortens_the_warm_up(tmp_path):
-    with pytest.warns(UserWarning, match='train.steps=10 is less than train.warmup_steps = 60, which is therefore lowered to 1'): recipe = load_recipe('shapes', ['train.steps=10'])
+    with pytest.warns(UserWarning, match='train.steps=10 is less than train.warmup_steps = 20, which is therefore lowered to 1'): recipe = load_recipe('shapes', ['train.steps=10'])
     assert (recipe.train.steps, recipe.train.warmup_steps) == (10, 1)
     with pytest.warns(UserWarning, match='sample.steps'): assert load_recipe('shapes', ['diffusion.num_steps=5']).sample.steps == 5
     with pytest.raises(RecipeError, match='train.warmup_steps: found 60'): load_recipe('shapes', ['train.steps=10', 'train.warmup_steps=60'])

@@ -246,7 +246,7 @@ def test_finished(data, adamw_run, capsys):
 def test_another_recipe_is_refused(data, adamw_run, capsys):
     before = {p: p.stat().st_mtime_ns for p in adamw_run.rglob('*')}
     code, out, err = call(capsys, *command(adamw, adamw_run, data, 'train.lr=0.5', 'text.dim=32', 'train.steps=99'))
-    assert code == 2 and 'train.lr: 0.003 then, 0.5 now' in err and 'text.dim: 16 then, 32 now' in err and 'train.steps' not in err and '--overwrite' in err and '--output' in err
+    assert code == 2 and 'train.lr: 0.007 then, 0.5 now' in err and 'text.dim: 16 then, 32 now' in err and 'train.steps' not in err and '--overwrite' in err and '--output' in err
     assert {p: p.stat().st_mtime_ns for p in adamw_run.rglob('*')} == before
 
 def test_more_steps_and_no_recipe(data, tmp_path, capsys):
@@ -266,7 +266,7 @@ def test_killed_before_the_first_save(data, tmp_path, capsys):
     assert not steps(out) and (out/'recipe.yaml').exists()
     with open(out/'log.csv', 'a') as f: f.write('1,2,3\n')
     code, _, err = call(capsys, *command(adamw, out, data, 'train.lr=1'))
-    assert code == 2 and 'train.lr: 0.003 then, 1.0 now' in err
+    assert code == 2 and 'train.lr: 0.007 then, 1.0 now' in err
     assert call(capsys, *command(adamw, out, data, 'train.steps=2', 'train.log_every=1'))[0] == 0
     assert [o['step'] for o in log(out)] == ['1', '2']
 
