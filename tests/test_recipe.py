@@ -308,4 +308,4 @@ def test_a_short_trial_shortens_the_warm_up(tmp_path):
     import warnings
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert load_recipe('shapes', ['train.steps=100']).train.warmup_steps == 60
+        assert load_recipe('shapes', ['train.steps=100']).train.warmup_steps == 20
