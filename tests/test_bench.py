@@ -161,6 +161,11 @@ def test_ways_of_sampling_by_retrieval_with_a_student_and_a_guide(mixed_nest, tm
     assert rows['guided']['RMSE'] == rows['none']['RMSE'] != '0.000'            # a model that guides itself changes nothing
     assert all('±' in rows['other'][k] for k in ('picked', 'FD', 'KID x 1000'))
 
+def test_a_judge_of_retrieval_needs_real_pictures(capsys):
+    from bench import ways
+    with pytest.raises(SystemExit): ways.main(['--model', 'shapes', '--retrieval', 'judge'])
+    assert '--data and --retrieval go together' in capsys.readouterr().err
+
 def test_ways_of_the_released_shapes(capsys):
     from bench import ways
     ways.main(['shapes', '--joins', '1', '.5'])

@@ -67,16 +67,16 @@ def picture_flops(recipe, configs, guide=None):
         sides = [size*s//model.scales[0] for s in model.scales]
         totals = []
         for config in configs:
-            total, shares = 0, join_shares(config.join, len(sides))
+            total, shares, once = 0, join_shares(config.join, len(sides)), changed(config, 'sample', guidance=1., guidance_networks='all')
             for t, _ in step_pairs(config, diffusion):
                 first = next(i for i, share in enumerate(shares) if t/diffusion.config.num_steps <= share)
-                within = config.guidance_interval[0] <= t/diffusion.config.num_steps <= config.guidance_interval[1]
-                kind = first, config.guidance_networks, config.guidance != 1 and within
-                once = changed(config, 'sample', guidance=1., guidance_networks='all')
+                low, high = config.guidance_interval
+                guided = config.guidance != 1 and low <= t/diffusion.config.num_steps <= high
+                kind = first, config.guidance_networks, guided
                 if kind not in known:
                     x = [torch.zeros(1, 3, s, s) for s in sides[first:]]
-                    known[kind] = step_flops(model, diffusion, config if kind[2] and not weaker else once, x, width)
-                    if kind[2] and weaker: known[kind] += step_flops(weaker[0], diffusion, once, x, weaker[1])
+                    known[kind] = step_flops(model, diffusion, config if guided and not weaker else once, x, width)
+                    if guided and weaker: known[kind] += step_flops(weaker[0], diffusion, once, x, weaker[1])
                 total += known[kind]
             totals.append(total)
     return totals
@@ -113,19 +113,17 @@ def retrieval_figures(judge, real, captions, pictures):
 
 def judged(ways, first, captions, figures):
     "A row of cells by name for each way: its cost, its figures, and how far its pictures are from those of the first way; and the pictures."
-    rows, drawn, pipes = [], [], {None: first}
+    rows, drawn, pipes = [], [], {None: first}               # pipelines by folder
     load = lambda path: pipes[path] if path in pipes else pipes.setdefault(path, MDMPipeline.from_pretrained(path, device=first.device))
-    usual = None
     for name, changes, model, guide in map(read_way, ways):
         pipe, weaker = load(model), guide and load(guide)
         config = settings(pipe.recipe, changes)
         began = time.perf_counter()
-        pictures = draw(pipe, captions, config, guide=weaker)
-        seconds, usual = time.perf_counter() - began, pictures if usual is None else usual
+        drawn.append(draw(pipe, captions, config, guide=weaker))
+        seconds = time.perf_counter() - began
         flops = picture_flops(pipe.recipe, [config], weaker and weaker.recipe)[0]
-        rows.append({'way': name, 'GFLOP per picture': f'{flops/1e9:.3g}', 's per picture': f'{seconds/len(captions):.2f}', **figures(captions, pictures),
-                     'RMSE': f'{(pictures - usual).square().mean().sqrt().item():.3f}'})
-        drawn.append(pictures)
+        rows.append({'way': name, 'GFLOP per picture': f'{flops/1e9:.3g}', 's per picture': f'{seconds/len(captions):.2f}', **figures(captions, drawn[-1]),
+                     'RMSE': f'{(drawn[-1] - drawn[0]).square().mean().sqrt().item():.3f}'})
         print(rows[-1], flush=True)
     return rows, drawn
 
@@ -162,6 +160,7 @@ def main(argv=None):
     add('--real', type=int, default=4000, help='real pictures for FD and KID, at most (%(default)s)')
     add('--output', type=Path, help='JSON with the rows'), add('--sheet', type=Path, help='PNG with the first 12 pictures of every way')
     args = parser.parse_args(argv)
+    if bool(args.data) != bool(args.retrieval): parser.error('--data and --retrieval go together: real pictures with captions, and the judge of them')
     ways = args.ways or joining(args.joins)
     if not args.model:
         for name in args.recipes: print('\n'.join(flops_table(load_recipe(name), ways)) + '\n', flush=True)
