@@ -39,7 +39,7 @@ from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_inner
 from .pipeline import MDMPipeline
 from .training.averages import reconstruct_average, save_average
 from .training.callbacks import *
-from .training.optimizers import Muon, NorMuon, lr_factor, optimizer_of
+from .training.optimizers import Muon, lr_factor, optimizer_of
 from .training.distributed import DistributedTrainer, distributed_setup
 from .training.resume import Checkpoints, load_training, save_training
 from .training.learner import MDMLearner, build_model, mdm_learner, output_callbacks

@@ -53,7 +53,7 @@ class TrainConfig:
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 32 # pictures per process and forward pass
     accumulate: _Count = 1               # forward passes per optimizer step
     lr: PositiveFloat = 5e-5                  # learning rate after the warm-up
-    optimizer: Literal['adamw', 'adam', 'muon', 'normuon', 'adamw8bit'] = 'adamw' # muon and normuon need fewer steps, adamw8bit less memory
+    optimizer: Literal['adamw', 'adam', 'muon', 'adamw8bit'] = 'adamw' # muon needs fewer steps, adamw8bit less memory
     weight_decay: NonNegativeFloat = 0.       # pull of the weights towards zero
     betas: tuple[_Fraction, _Fraction] = (.9, .999) # decay of Adam's mean and of its mean square
     warmup_steps: _Steps = 0          # steps over which the learning rate rises linearly from 0
@@ -88,7 +88,7 @@ def rules(self:TrainConfig):
     "What must hold between the fields, for `violations`."
     decays = [self.ema_decay, *self.ema_decays]
     return [
-        (self.optimizer == 'adamw8bit' and self.fsdp, 'optimizer', 'adamw, adam, muon or normuon with {place}.fsdp = true'),
+        (self.optimizer == 'adamw8bit' and self.fsdp, 'optimizer', 'adamw, adam or muon with {place}.fsdp = true'),
         (len(set(self.power_ema)) < len(self.power_ema), 'power_ema', 'numbers that differ from each other'),
         (self.warmup_steps > self.steps, 'warmup_steps', f'no more than {{place}}.steps = {self.steps}'),
         (self.lr_schedule == 'one_cycle' and self.warmup_steps, 'warmup_steps',

@@ -10,8 +10,7 @@ cases = dict(
     ddp={}, accumulate=dict(accumulate=2), thaw=dict(thaw=True), unused=dict(unused=True), inner_alone=dict(recipe=['diffusion.double_loss=false']), mixed=dict(recipe=['diffusion.mixed_ratio=[1,1]']),
     uneven=dict(uneven=True), bad=dict(bad=[(1, 1)]), checkpointing=dict(checkpointing=True), compiled=dict(compile=True, batches=2),
     fsdp=dict(fsdp=True), fsdp_accumulate=dict(fsdp=True, accumulate=2), fsdp_thaw=dict(fsdp=True, thaw=True), fsdp_bad=dict(fsdp=True, bad=[(1, 1)]), fsdp_uneven=dict(fsdp=True, uneven=True),
-    muon=dict(recipe=['train.optimizer=muon']), fsdp_muon=dict(fsdp=True, recipe=['train.optimizer=muon']),
-    normuon=dict(recipe=['train.optimizer=normuon']), fsdp_normuon=dict(fsdp=True, recipe=['train.optimizer=normuon']), fsdp_checkpointing=dict(fsdp=True, checkpointing=True))
+    muon=dict(recipe=['train.optimizer=muon']), fsdp_muon=dict(fsdp=True, recipe=['train.optimizer=muon']), fsdp_checkpointing=dict(fsdp=True, checkpointing=True))
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
@@ -61,7 +60,7 @@ def test_weights_without_gradient_are_searched_only_where_there_are_some(two):
 def test_the_network_is_plain_again_after_the_fit(two): assert two['ddp']['plain'] == 'NestedUNet'
 
 def test_states_of_slices_have_the_format_of_one_process(two, one):
-    for name in ('fsdp', 'fsdp_muon', 'fsdp_normuon'):
+    for name in ('fsdp', 'fsdp_muon'):
         a, b = two[name]['opt'], one(name)['opt']
         assert a.keys() == b.keys() and a['state'].keys() == b['state'].keys() and a['param_groups'] == b['param_groups']
         for k, t in b['state'].items():

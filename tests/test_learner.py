@@ -21,7 +21,7 @@ def test_an_epoch_shorter_than_a_step_is_none(make):
     "6 batches per epoch, 8 make a step: groups go on in the next epoch."
     assert fit(make('train.accumulate=8'), 2).steps == 2
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'normuon'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_one_wait_per_step(make, optimizer):
     "Of a whole training with four batches a step, within one epoch."
     learn = make('train.accumulate=4', 'train.bf16=true', 'data.epoch_size=96', f'train.optimizer={optimizer}')

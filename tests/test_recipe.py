@@ -86,7 +86,7 @@ def test_every_value_is_checked_and_every_key_suggested(name):
 
 @pytest.mark.parametrize('place,value,expected', [
     ('train.batch_size', '8', 'a valid integer'), ('train.batch_size', 8.5, 'integer'), ('train.batch_size', True, 'integer'), ('train.batch_size', None, 'integer'), ('train.bf16', 1, 'boolean'),
-    ('train.lr', float('nan'), 'number'), ('train.lr', float('inf'), 'finite'), ('train.lr', 0, 'greater than 0'), ('train.betas', [.9], 'missing'), ('train.betas', [.9, 1.], 'less than 1'), ('train.optimizer', 'sdg', "'adamw', 'adam', 'muon', 'normuon' or 'adamw8bit'"),
+    ('train.lr', float('nan'), 'number'), ('train.lr', float('inf'), 'finite'), ('train.lr', 0, 'greater than 0'), ('train.betas', [.9], 'missing'), ('train.betas', [.9, 1.], 'less than 1'), ('train.optimizer', 'sdg', "'adamw', 'adam', 'muon' or 'adamw8bit'"),
     ('train.preview_prompts', 'a dog', 'list'), ('train.preview_prompts', [1], 'string'), ('model.channels', [32, '32'], 'integer'), ('model.micro_conditioning', {'scale': 'x'}, 'number'), ('train', 0, 'mapping'), ('model', None, 'mapping'), ('model', [1], 'mapping'),
     ('name', 3, 'string'), ('diffusion.schedule', 'linear', "'deepfloyd'"), ('sample.threshold', 'hard', "'dynamic'"), ('data.crop', 'left', "'center' or 'random'")])
 def test_types(place, value, expected):

@@ -83,7 +83,7 @@ def test_to_reference_is_understood(name):
     again = build_recipe(values, strict=False)
     assert bad == ignored == [] and (again.model, again.diffusion, again.name) == (recipe.model, recipe.diffusion, recipe.name)
     for k in ('lr', 'batch_size', 'steps', 'warmup_steps', 'grad_clip', 'bf16', 'accumulate', 'log_every', 'save_every', 'output', 'seed'): assert getattr(again.train, k) == getattr(recipe.train, k)
-    assert again.train.optimizer == {'muon': 'adamw', 'normuon': 'adamw'}.get(recipe.train.optimizer, recipe.train.optimizer)     # unknown there
+    assert again.train.optimizer == {'muon': 'adamw'}.get(recipe.train.optimizer, recipe.train.optimizer)     # Muon is unknown there
     assert (again.data.image_size, again.data.crop, again.data.shuffle, again.text.encoder) == (recipe.data.image_size, recipe.data.crop, recipe.data.shuffle, recipe.text.encoder)
 
 @pytest.mark.parametrize('change', ['schedule=flow', 'prediction=flow', 'loss_target=flow', 'time_sampling=logsnr', 'loss_weight=min_snr', 'min_divisor=0.1'])

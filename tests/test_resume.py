@@ -123,7 +123,7 @@ def test_minutes_add_up(data, adamw_run, tmp_path):
     assert train_child.finish(train_child.start(command(adamw, out, data, '--minutes', 60), said)) == 0
     assert_same(adamw_run, out)
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'normuon'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_what_is_loaded_goes_to_the_device(data, tmp_path, optimizer):
     "Rehearsed with the device 'meta' for a GPU, whose tensors do not mix with those of the CPU either: the restored state takes the next step, and the next line of the log."
     from functools import partial

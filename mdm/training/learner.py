@@ -268,8 +268,7 @@ def mdm_learner(
     if recipe.train.compile: model.compile()                     # in place: names of weights stay
     diffusion = Diffusion(recipe.diffusion, model.scales)
     own = training_callbacks(recipe, model, encoder, diffusion)
-    has_table = recipe.text.encoder == 'classes' and recipe.train.optimizer in ('muon', 'normuon')
-    splitter = table_groups if has_table else trainable_params
+    splitter = table_groups if (recipe.text.encoder, recipe.train.optimizer) == ('classes', 'muon') else trainable_params
     learn = MDMLearner(dls, model, DiffusionLoss(diffusion), opt_func=optimizer_of(recipe), lr=recipe.train.lr,
                        cbs=[*own, *(cbs or [])], splitter=splitter)
     learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)

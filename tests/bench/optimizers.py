@@ -77,7 +77,7 @@ def pictures_per_second(world, args):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('optimizers', nargs='*', default=['adamw', 'muon', 'normuon', 'adamw8bit'])
+    parser.add_argument('optimizers', nargs='*', default=['adamw', 'muon', 'adamw8bit'])
     parser.add_argument('--batch', type=int, default=28, help='pictures per process')
     parser.add_argument('--steps', type=int, default=6)
     parser.add_argument('--two', action='store_true', help='one process and two, by the clock')
