@@ -3,6 +3,7 @@ import io, struct, tarfile, warnings
 
 import numpy as np, torch
 from PIL import Image, ImageCms
+from mdm.data.clips import open_animation
 from mdm.data.loader import create_loader
 from mdm.data.stream import DataConfig, PictureStream, find_shards
 
@@ -17,6 +18,16 @@ def picture(i, w=20, h=16): return Image.new('RGB', (w, h), (i % 256, i // 256, 
 
 
 def number(img): return int(img[0, 0, 0]) + 256 * int(img[1, 0, 0])
+
+
+def film_seconds(file):
+    "How long a film takes. Its frames are no measure: pictures in a row that are equal become one, which is shown longer."
+    return open_animation(Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)).end
+
+
+def path_seconds(n):
+    "How long the film of a path takes: 80 ms per picture, and the last one 1.5 seconds."
+    return round(0.08*(n - 1) + 1.5, 2)
 
 
 def tar_bytes(files):

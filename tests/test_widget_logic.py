@@ -16,6 +16,8 @@ from mdm.widgets.drawing import film, film_pictures, labelled_sheet
 from mdm.widgets.editing import EditPanel, SettingsDrop, decode_picture
 from mdm.widgets.exchange import as_command, as_python, how_again, read_settings, result_files, results_zip
 from mdm.widgets.fields import FileDrop, checked_int
+from data_tools import film_seconds, path_seconds
+from pytest import approx
 from tiny_models import pipe
 from mdm.widgets.state import (PipelineShelf, SamplerRun, SamplerSettings, Side, grid_sides, known_words, most_text, packed, path_moments,
     shapes_words, unpacked, walk_together, word_hint)
@@ -80,7 +82,7 @@ def test_sides_are_compared_by_noise_level(pipe):
         assert other < float('inf') and abs(level - other) <= min(abs(level - b.level(f.t)) for f in b.frames[:-1]) + 1e-6
     assert path_moments(run.sides)[-1] == [len(a.frames) - 1, len(b.frames) - 1]
     assert len(film_pictures(run.sides)) == len(path_moments(run.sides)) >= 14
-    assert Image.open(io.BytesIO(film(run.sides, inner=False))).n_frames == len(path_moments(run.sides))
+    assert film_seconds(film(run.sides, inner=False)) == approx(path_seconds(len(path_moments(run.sides))))
 
 def test_while_they_are_drawn_the_noisier_side_goes_next(pipe):
     sides = [Side(pipe, settings(dict(steps=25), dict(steps=6)), i) for i in range(2)]

@@ -350,7 +350,7 @@ def gif_bytes(
     ms:int=80, # how long each one is shown, in milliseconds
     last:int=1500, # how long the last one is shown
     format:str='GIF', # or 'WEBP': smaller, and every colour is exact
-)->bytes: # a file that repeats without end
+)->bytes: # a file that repeats without end; of equal pictures in a row it holds one, which is shown longer
     "Make a film of pictures."
     file, durations = io.BytesIO(), [ms]*(len(pictures) - 1) + [last]
     exact = dict(lossless=True) if format == 'WEBP' else {}
