@@ -11,7 +11,7 @@ QUIET   = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help setup browser demo test export readme docs clean
 help:
-	@echo 'make demo    draw shapes, train on them, sample from held-out captions, into demo/'
+	@echo 'make demo    draw shapes, train on them, sample from held-out captions, train a student, into demo/'
 	@echo 'make test    run every notebook, then the tests (JOBS=4: four notebooks at a time)'
 	@echo 'make export  notebooks -> mdm/, README.md, llms.txt; settings.ini -> pyproject.toml; clean the notebooks'
 	@echo 'make docs    the site, into _docs/ (with Quarto where it is installed, else a preview of it)'

@@ -557,9 +557,15 @@ def test_demo(tmp_path, call):
     with tarfile.open(out/'shapes'/'shapes-000000.tar') as tar: seen = [json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith('.json')]
     assert len(seen) == 12 and not any(held_out(Shape(**{k: o[k] for k in attributes})) for o in seen)
     assert load_checkpoint(out/'run').recipe.train.seed == 1
+    student = load_checkpoint(out/'student').recipe                                  # trained at the end, and judged on the same captions
+    assert student.distill.teacher == str(out/'run'/'step_00000003') and student.sample.solver == 'consistency' and student.data.files == [str(out/'shapes'/'shapes-000000.tar')]
+    judged = json.loads((out/'samples'/'student'/'accuracy.json').read_text())
+    assert judged['captions'] == 128 and all(re.search(rf"^  {'all, clean' if k == 'all' else k} +{v:.1%}$", told.split('5. Drawing')[1], re.M) for k, v in judged['accuracy'].items())
+    assert 'to draw in 4 calls of the network what its teacher draws in 4' in told and str(out/'samples'/'student'/'grid.png') in told and (out/'samples'/'student'/'grid.png').exists()
     (out/'mine.txt').write_text('mine')                                              # again: only its own is replaced
-    assert call(mdm_demo, '--output', out, *tiny, '--steps', 2)[0] == 0
-    assert steps(out/'run') == ['step_00000002'] and (out/'mine.txt').read_text() == 'mine'
+    code, told, _ = call(mdm_demo, '--output', out, *tiny, '--steps', 2, '--no-student')
+    assert code == 0 and steps(out/'run') == ['step_00000002'] and (out/'mine.txt').read_text() == 'mine'
+    assert 'student' not in told and not (out/'student').exists()
 
 def tiny_stages():
     "Overrides that make the networks of `mdm_demo --clips` small in all four stages."
@@ -588,7 +594,7 @@ def test_demo_of_clips(tmp_path, call, monkeypatch):
         seen = [json.loads(tar.extractfile(o).read()) for o in names if o.endswith('.json')]
     assert len(seen) == 8 and len(names) == 8*18 and not any(held_out(argparse.Namespace(**o)) for o in seen)
     assert load_checkpoint(out/'run').recipe.train.seed == 1 and (tmp_path/'demo'/'run').exists()
-    assert 'in 4 stages for 2 + 2 + 2 + 2 steps' in told and load_checkpoint(out/'run').recipe.model.inner_from == str(out/'stages'/'moving_shapes_16')
+    assert 'student' not in told and 'in 4 stages for 2 + 2 + 2 + 2 steps' in told and load_checkpoint(out/'run').recipe.model.inner_from == str(out/'stages'/'moving_shapes_16')
 
 def test_demo_leaves_others_alone(tmp_path, refused):
     (tmp_path/'samples').mkdir(); (tmp_path/'samples'/'photo.jpg').write_text('mine')
@@ -596,6 +602,8 @@ def test_demo_leaves_others_alone(tmp_path, refused):
     with only_writer(tmp_path/'busy'): assert 'another run is writing' in refused(mdm_demo, '--output', tmp_path/'busy', *tiny)
     assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path/'samples'/'photo.jpg', *tiny)
     assert (tmp_path/'samples'/'photo.jpg').read_text() == 'mine' and not (tmp_path/'run').exists()
+    (tmp_path/'class'/'student').mkdir(parents=True)
+    assert 'not of an earlier demo' in refused(mdm_demo, '--output', tmp_path/'class', *tiny)
 
 def test_demo_mistakes(tmp_path, refused):
     assert '--steps: 0 is below 1' in refused(mdm_demo, '--output', tmp_path/'demo', '--steps', 0)

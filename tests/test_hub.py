@@ -249,6 +249,7 @@ def test_nothing_private_is_shared(pipe, tmp_path):
     folder = write_shared(mine, tmp_path/'shared', pictures=0)
     for p in folder.iterdir(): assert b'/disk' not in p.read_bytes(), p
     assert load_recipe(folder/'recipe.yaml').finetune is None, 'the adapter is part of the weights'
+    assert load_recipe(folder/'recipe.yaml').model.inner_from == '64', 'whoever loads it may let the outer network join late'
     assert 'no licence' in (folder/'README.md').read_text() and MDMPipeline.from_pretrained(folder, device='cpu')
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('mine')

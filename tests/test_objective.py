@@ -355,6 +355,24 @@ def test_a_comparison_from_data_to_table(bench, tmp_path, capsys, plain):
     assert said == {5} if plain else min(said) < 5
     assert bench.main(args) == runs and 'seed 0' not in capsys.readouterr().out         # nothing was trained again
 
+def test_a_comparison_on_other_pictures(bench, tmp_path, capsys):
+    "A judge of retrieval marks pictures of the validation captions; two spacings, two settings."
+    from mdm.data.shapes import write_shapes
+    from mdm.evaluation.retrieval import RetrievalConfig, train_retrieval
+    write_shapes(tmp_path/'mine', 120, 32, seed=1)
+    mine = [str(o) for o in sorted((tmp_path/'mine').glob('*.tar'))]
+    train_retrieval(mine, tmp_path/'judge', RetrievalConfig(size=16, width=4, layers=2, dim=8, steps=2, batch_size=16))
+    asked = ['--steps', '2', '--seeds', '0', '--captions', '24', '--draw', '2', '--spacing', 'logsnr', 'trailing', '--output', str(tmp_path/'found.json'), f'data.files=[{mine[0]}]',
+             'train.batch_size=4', 'model.channels=[8,8]', 'model.inner.channels=[8,8,8]', '--settings', 'today', 'low:logit_mean=0,sample.guidance=1', '--retrieval', str(tmp_path/'judge')]
+    runs = bench.main([*asked, '--valid', *mine])
+    assert [o['setting'] for o in runs.values()] == ['today', 'low']
+    for run in runs.values():
+        assert set(run['judge']) == {'2 logsnr', '2 trailing'}
+        for found in run['judge'].values(): assert set(found) == {'picked', 'FD', 'KID x 1000'} and 0 <= found['picked'] <= 1 and found['FD'] > 0
+    assert '| setting | seeds | picked | FD | KID x 1000 | training, s |' in capsys.readouterr().out
+    with pytest.raises(SystemExit): bench.main(asked)
+    assert '--valid' in capsys.readouterr().err
+
 class read_as_module(torch.nn.Module):
     "What `read_as` gives, as a module."
     def __init__(self, model, diffusion):

@@ -26,15 +26,16 @@ from ..utils.hub import hub_name
 from ..utils.pictures import contact_sheet, png_bytes
 
 # %% ../../nbs/4_use/18_card.ipynb #a74fbea9
-def _without_starts(model:UNetConfig):
-    "A model's settings without the checkpoints that its inner networks started from."
-    if not isinstance(model, NestedUNetConfig): return model
-    return replace(model, inner_from=None, inner=_without_starts(model.inner))
-
 def _for_others(name, base=''):
-    "A checkpoint as others can name it; only its last part where they cannot."
+    "A checkpoint as others can name it; only the name of its folder where they cannot."
     if base or str(name).startswith('hf:') or (bundled/str(name)).is_dir(): return base or str(name)
-    return Path(name).name
+    path = Path(name)
+    return (path.parent if path.name.startswith('step_') else path).name or path.name
+
+def _public_starts(model:UNetConfig):
+    "A model's settings. That an inner network was trained alone stays known: late joining (`join`) depends on it."
+    if not isinstance(model, NestedUNetConfig): return model
+    return replace(model, inner_from=model.inner_from and _for_others(model.inner_from), inner=_public_starts(model.inner))
 
 def public_recipe(
     recipe:Recipe, # of a training
@@ -50,10 +51,10 @@ def public_recipe(
                              'owner/name of the Hub')
         tune = None if tune.rank and not adapter else replace(tune, checkpoint=name)     # merged into the weights
     return replace(
-        recipe, finetune=tune, model=_without_starts(recipe.model),
+        recipe, finetune=tune, model=_public_starts(recipe.model),
         distill=distill and replace(distill, teacher=_for_others(distill.teacher)),
         data=replace(recipe.data, files=[], weights=None, cache=None),
-        train=replace(recipe.train, output=f'runs/{recipe.name}', loggers=[], freeze_inner_steps=0))
+        train=replace(recipe.train, output=f'runs/{recipe.name}', loggers=[]))
 
 # %% ../../nbs/4_use/18_card.ipynb #3760f3e8
 def figure_tables(

@@ -7,11 +7,15 @@ at once, and what is in it already, with the same changes and steps, is not done
 
 - `v_error`: squared error of v on held-out pictures at fixed log-SNRs of the innermost resolution, the same pictures and noise for all, [resolution][level]; whatever the network predicts, and
   in whatever space it was trained, this is its error of the picture over the variance of the noise;
-- `judge`: what the judge of shapes says of pictures of held-out captions, for each number of sampling steps (--draw) and each spacing (--spacing);
+- `judge`: what the judge of shapes says of pictures of held-out captions, for each number of sampling steps (--draw) and each spacing (--spacing); of other pictures (data.files=..., --valid)
+  a judge of retrieval says, with the captions of --valid, how often it picks the right one of 32, and how far its vectors are from those of the real pictures (--retrieval, as in ways.py);
 - `seconds` of training, and `loss`, the last one of the log (each setting has its own unit)."""
-import argparse, csv, json, re, tempfile, time
+import argparse, csv, json, re, sys, tempfile, time
 from itertools import product
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import numpy as np
 import torch
 from mdm.data.shapes import shapes_captions, write_shapes
@@ -23,7 +27,7 @@ from mdm.pipeline import MDMPipeline
 from mdm.recipe import load_recipe
 from mdm.training.run import run_training
 from mdm.utils.files import atomic_write
-from mdm.utils.pictures import pixels_to_signal
+from mdm.utils.pictures import pixel_tensors, pixels_to_signal
 
 flow = 'schedule=flow prediction=flow loss_target=flow'
 even = 'schedule=deepfloyd prediction=v loss_target=v time_sampling=uniform logit_mean=0 logit_std=1'      # noise levels drawn evenly, the network predicts v
@@ -77,6 +81,22 @@ def pictures_of(folder, recipe, n, held_out, seed, plain):
         done.touch()
     return [str(o) for o in sorted(folder.glob('*.tar'))]
 
+def figures_of(recipe, valid, seed, args):
+    "Captions to draw, and what says how good pictures of them are, by name."
+    if not args.retrieval:
+        captions = shapes_captions(args.captions, seed, plain=args.plain)
+        return captions, lambda pictures: shapes_report(pictures, captions)
+    from mdm.evaluation.distances import frechet_score, kid_score
+    from mdm.evaluation.retrieval import load_retrieval, picked_right
+    from ways import real_pictures, vectors
+    judge = load_retrieval(args.retrieval)
+    captions, real = real_pictures(recipe, valid, judge, args.captions, args.real)
+    def figures(pictures):
+        drawn = torch.stack(list(pixel_tensors(pictures)))
+        found = vectors(judge, drawn)
+        return {'picked': float(np.mean(picked_right(judge, drawn, captions))), 'FD': frechet_score(real, found)['value'], 'KID x 1000': 1000*kid_score(real, found)['value']}
+    return captions, figures
+
 def measure(changes, seed, args, folder):
     "Train one setting with one seed; its figures."
     recipe = load_recipe(args.recipe, [*args.rest, *changes, f'train.steps={args.steps}', f'train.seed={seed}', 'train.preview_prompts=[]',
@@ -91,9 +111,9 @@ def measure(changes, seed, args, folder):
     pipe = MDMPipeline.from_pretrained(folder)
     with open(Path(folder)/'log.csv', newline='') as f: rows = list(csv.DictReader(f))
     errors, logsnr = v_errors(pipe, valid, args.captions)
-    captions, judge = shapes_captions(args.captions, seed, plain=args.plain), {}
+    judge, (captions, figures) = {}, figures_of(recipe, valid, seed, args)
     for steps, spacing in product(args.draw or [recipe.sample.steps], dict.fromkeys(args.spacing or [recipe.sample.spacing])):
-        judge[f'{steps} {spacing}'] = shapes_report(pipe(captions, n=1, seed=seed, batch_size=32, steps=steps, spacing=spacing), captions)
+        judge[f'{steps} {spacing}'] = figures(pipe(captions, n=1, seed=seed, batch_size=32, steps=steps, spacing=spacing))
     return dict(seconds=round(learn.seconds, 1), all_seconds=round(time.perf_counter() - began, 1), loss=float(rows[-1]['loss']) if rows else None,
                 v_error=errors, logsnr=logsnr, judge=judge)
 
@@ -145,14 +165,16 @@ def main(argv=None):
     add('--data', default='objectives_data', help='folder for the pictures, which are drawn once')
     add('--plain', action='store_true', help="captions that say everything, and pictures that vary less, as in mdm_demo")
     add('--valid', nargs='+', help='validation shards of your own; without: shapes')
+    add('--retrieval', help='folder of a judge of retrieval, for pictures that are no shapes'), add('--real', type=int, default=4000, help='pictures of --valid for FD and KID, at most')
     add('--output', default='objectives.json')
     add('--table', action='store_true', help='only print what is in --output')
     args = parser.parse_intermixed_args(argv)
+    if args.retrieval and not args.valid: parser.error('--retrieval judges pictures of your own: name shards of them with --valid')
     out = Path(args.output)
     runs = json.loads(out.read_text()) if out.exists() else {}
     for seed in () if args.table else args.seeds:                # seed by seed: an early stop leaves a comparison
         for name, changes in map(read_setting, args.settings):
-            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions, args.plain])
+            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions, args.plain, *([args.retrieval] if args.retrieval else [])])
             if key in runs: continue
             with tempfile.TemporaryDirectory() as folder: figures = measure(changes, seed, args, folder)
             runs = json.loads(out.read_text()) if out.exists() else {}       # another process may have added to it
