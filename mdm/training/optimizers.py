@@ -240,7 +240,7 @@ def to_bytes(
     blocks = x.view(-1, 256)
     largest = blocks.abs().amax(1, keepdim=True).clamp_(min=1e-30)
     bits = (blocks/largest).bfloat16().view(torch.int16).int().bitwise_and_(0xFFFF)
-    return _byte_table(signed, x.device)[0][bits].view(-1), largest.view(-1)
+    return _byte_table(signed, x.device)[0].index_select(0, bits.view(-1)), largest.view(-1)
 
 def from_bytes(
     codes:Tensor, # bytes [n]
@@ -249,7 +249,7 @@ def from_bytes(
 )->Tensor: # float32 [n]
     "Undo `to_bytes`, up to rounding."
     _, levels = _byte_table(signed, codes.device)
-    return (levels[codes.int()].view(-1, 256)*largest[:, None]).view(-1)
+    return (levels.index_select(0, codes.int()).view(-1, 256)*largest[:, None]).view(-1)
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #a6cb28a8
 class AdamW8bit(torch.optim.Optimizer):
