@@ -236,7 +236,7 @@ def find_checkpoint(
 )->Path: # the checkpoint itself, or the whole one with the most steps
     "Find a checkpoint. Warns of damaged ones beside it; raises `FileNotFoundError` or `ValueError`."
     asked, path = Path(path), find_model(path)
-    if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}{did_you_mean(path)}.')
+    if not path.is_dir(): raise FileNotFoundError(f'There is no folder {path}{did_you_mean(path) or "."}')
     if _is_checkpoint(path):
         read_state(path)
         return path
@@ -362,7 +362,7 @@ def read_foreign(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'There is neither a checkpoint folder nor a file of weights called {path}'
-                                f'{did_you_mean(path)}.')
+                                f'{did_you_mean(path) or "."}')
     if path.suffix not in checkpoint_formats: load_formats()
     if path.suffix not in checkpoint_formats:
         known = ', '.join(sorted(checkpoint_formats))

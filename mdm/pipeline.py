@@ -84,7 +84,6 @@ def from_pretrained(cls:MDMPipeline,
     if (key := _key(path, recipe, raw, ema, given)) in _shared: return _shared[key]
     found = find_model(path, anew=True, **where)
     pipe = cls(*load_model(found, recipe, raw, ema), **kwargs)
-    if pipe.bf16 and pipe.device.type == 'cpu': pipe.model.to(memory_format=torch.channels_last)   # as it samples: up to 9 % faster
     pipe.source = found
     return pipe
 

@@ -240,8 +240,8 @@ def test_a_push_that_is_refused(hub, pipe, monkeypatch):
 def test_nothing_private_is_shared(pipe, tmp_path):
     from copy import copy
     from dataclasses import replace
-    from mdm.recipe import FinetuneConfig, load_recipe
-    from mdm.share.card import write_shared
+    from mdm.recipe import DistillConfig, FinetuneConfig, load_recipe
+    from mdm.share.card import public_recipe, write_shared
     mine = copy(pipe)
     r = pipe.recipe
     mine.recipe = replace(r, data=replace(r.data, files=['/disk/me/a.tar'], cache='/disk/me/c'), model=replace(r.model, inner_from='/disk/me/64'),
@@ -251,6 +251,13 @@ def test_nothing_private_is_shared(pipe, tmp_path):
     assert load_recipe(folder/'recipe.yaml').finetune is None, 'the adapter is part of the weights'
     assert load_recipe(folder/'recipe.yaml').model.inner_from == '64', 'whoever loads it may let the outer network join late'
     assert 'no licence' in (folder/'README.md').read_text() and MDMPipeline.from_pretrained(folder, device='cpu')
+    here = tmp_path/'secret'/'inner'                                                    # a folder that exists
+    here.mkdir(parents=True)
+    mine.recipe = replace(r, model=replace(r.model, inner_from=str(here)), distill=DistillConfig(str(here)))
+    found = public_recipe(mine.recipe)
+    assert (found.model.inner_from, found.distill.teacher) == ('inner', 'inner')
+    assert public_recipe(replace(r, model=replace(r.model, inner_from='me/inner'))).model.inner_from == 'me/inner'      # a model of the Hub
+    with pytest.raises(ValueError, match='others cannot load'): public_recipe(replace(r, finetune=FinetuneConfig(str(here), rank=4)), adapter=True)
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('mine')
     refused(FileExistsError, lambda: pipe.save_pretrained(tmp_path/'mine', pictures=0), 'choose another folder')

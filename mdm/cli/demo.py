@@ -72,7 +72,7 @@ def student_recipe(
     from mdm.training.distill import distill_recipe
     steps = max(1, recipe.train.steps//4)
     changes = [f'train.steps={steps}', f'train.warmup_steps={min(recipe.train.warmup_steps, steps//10)}',
-               'distill.teacher_steps=2']                    # enough where ways are nearly straight, as those of a flow
+               'distill.teacher_steps=2']                    # enough: the sampling paths of a flow are nearly straight
     student = distill_recipe(folder/'run', changes)
     student.train.output = str(folder/'student')
     return student
@@ -158,7 +158,7 @@ def _train_student(args, demo, out, learn, seconds):
     "Train a student of the demo's model, and judge it on the same captions."
     from mdm.training.distill import distill_training
     recipe = student_recipe(learn.recipe, out)
-    many, few = (o.sample.steps*(2 if o.sample.guidance != 1 else 1) for o in (learn.recipe, recipe))
+    many, few = (o.sample.steps*(1 if o.sample.guidance in (0, 1) else 2) for o in (learn.recipe, recipe))
     print(f'\n4. Training a student for {recipe.train.steps:,} steps, to draw in {few} calls of the network what its '
           f'teacher draws in {many}', flush=True)
     student = distill_training(recipe)
@@ -213,8 +213,8 @@ def mdm_demo(
     parser = make_parser('mdm_demo',
         'See the library at work without data and without a GPU: draw captioned shapes, train a nested model on them '
         'for a few minutes, let it draw captions whose combination of colour, shape and background was held out of '
-        'training, and count how often it is right. Then train a student of this model, which draws '
-        'the same in 4 calls of the network.',
+        'training, and count how often it is right. Then train a student of this model, which needs '
+        'fewer calls of the network.',
         'mdm_demo\nmdm_demo --output elsewhere --steps 500\nmdm_demo --no-student\nmdm_demo --clips')
     add = parser.add_argument
     add('rest', metavar='key=value', nargs='*', help='change a value of the recipe, as for mdm_train; with --clips in '

@@ -21,21 +21,23 @@ from ..pipeline import MDMPipeline
 from ..recipe import Recipe
 from .settings import CardConfig, license_fields, license_text
 from ..utils.configs import changed
-from ..utils.files import atomic_write, bundled
+from ..utils.files import atomic_write, bundled_models
 from ..utils.hub import hub_name
 from ..utils.pictures import contact_sheet, png_bytes
 
 # %% ../../nbs/4_use/18_card.ipynb #a74fbea9
 def _for_others(name, base=''):
     "A checkpoint as others can name it; only the name of its folder where they cannot."
-    if base or str(name).startswith('hf:') or (bundled/str(name)).is_dir(): return base or str(name)
+    if base or str(name).startswith('hf:') or str(name) in bundled_models(): return base or str(name)
     path = Path(name)
     return (path.parent if path.name.startswith('step_') else path).name or path.name
 
 def _public_starts(model:UNetConfig):
     "A model's settings. That an inner network was trained alone stays known: late joining (`join`) depends on it."
     if not isinstance(model, NestedUNetConfig): return model
-    return replace(model, inner_from=model.inner_from and _for_others(model.inner_from), inner=_public_starts(model.inner))
+    start = str(model.inner_from or '')
+    name = start if hub_name(start) else start and _for_others(start)
+    return replace(model, inner_from=name or None, inner=_public_starts(model.inner))
 
 def public_recipe(
     recipe:Recipe, # of a training

@@ -83,11 +83,18 @@ def build_model(
         torch.manual_seed(recipe.train.seed)
         model = create_model(recipe.model, cond_dim)
         if recipe.finetune: tune(model, recipe, grow)
-    network = model
-    while grow and isinstance(network.config, NestedUNetConfig):
-        if network.config.inner_from: load_inner(network, network.config.inner_from)
-        network = network.inner_unet
+    if grow: _start_inner(model)
     return model
+
+def _start_inner(network, place='model'):
+    "Load the inner networks of `inner_from`."
+    if not isinstance(network.config, NestedUNetConfig): return
+    if start := network.config.inner_from:
+        try: load_inner(network, start)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f'{place}.inner_from: {e} Name the checkpoint that the inner network starts from, or null '
+                                    'for new weights') from e
+    _start_inner(network.inner_unet, f'{place}.inner')
 
 def grown_networks(
     model:nn.Module, # `UNet` or `NestedUNet`

@@ -174,7 +174,7 @@ def main(argv=None):
     runs = json.loads(out.read_text()) if out.exists() else {}
     for seed in () if args.table else args.seeds:                # seed by seed: an early stop leaves a comparison
         for name, changes in map(read_setting, args.settings):
-            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions, args.plain, *([args.retrieval] if args.retrieval else [])])
+            key = json.dumps([name, seed, args.steps, args.recipe, changes, args.rest, args.draw, args.spacing, args.captions, args.plain, *([args.retrieval, args.valid, args.real] if args.retrieval else [])])
             if key in runs: continue
             with tempfile.TemporaryDirectory() as folder: figures = measure(changes, seed, args, folder)
             runs = json.loads(out.read_text()) if out.exists() else {}       # another process may have added to it
