@@ -29,9 +29,9 @@ class Demo(NamedTuple):
     def preset(self)->str: # the last recipe, whose model draws
         return self.stages.rpartition(',')[2]
 
-demos = {
-    False: Demo('shapes', 'pictures', 'a large red cross in the centre on a white background', 16_000, 128, 'demo', True),
-    True: Demo(clip_stages, 'clips', 'a red cross moves left on a white background', 8_000, 64, 'demo/clips', False)}
+_pictures = 'shapes', 'pictures', 'a large red cross in the centre on a white background'
+_clips = clip_stages, 'clips', 'a red cross moves left on a white background'
+demos = {False: Demo(*_pictures, 16_000, 128, 'demo', True), True: Demo(*_clips, 8_000, 64, 'demo/clips', False)}
 
 # %% ../../nbs/5_edges/09_demo.ipynb #892e3723
 def clean_demo(
@@ -138,23 +138,21 @@ def _test_of(frames):
     return moving_captions, lambda clips, captions: clip_accuracy([o.frames for o in clips], captions)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #6a69fec5
-def _print_right(right, who):
-    "Print how often a model was right."
-    print(f'\nRight in the {who}:')
+def _judge(args, demo, out, learn, seconds, samples):
+    "Draw the held-out captions, and print how often the model was right and where its files are."
+    data, run = learn.recipe.data, Path(learn.recipe.train.output)
+    right = draw_captions(run, samples, demo.captions, seed=args.seed, training_seconds=round(seconds, 1))
+    print(f"\nRight in the {demo.captions} {demo.things} of {data.image_size} x {data.image_size} pixels:")
     for k, v in right.items(): print(f"  {'all, clean' if k == 'all' else k:<12}{v:6.1%}")
-
-def _print_files(demo, out, learn, seconds):
-    "Print where the files of a demo are."
-    run = out/'run'
     print(f'\nTraining took {seconds:.0f} s. The files are in {out}:')
-    print(f"  {demo.things:<12}{out/'samples'/'grid.png'}")
-    if learn.recipe.data.frames > 1: print(f"  {'film':<12}{out/'samples'/'grid.gif'}")
+    print(f"  {demo.things:<12}{samples/'grid.png'}")
+    if data.frames > 1: print(f"  {'film':<12}{samples/'grid.gif'}")
     print(f"  checkpoint  {run/f'step_{learn.steps:08d}'}")
     print(f"  log         {run/'log.csv'}")
     print(f"\nDraw your own: mdm_sample {shlex.quote(str(run))} {shlex.quote(demo.example)}", flush=True)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #c4807daf
-def _train_student(args, demo, out, learn, seconds):
+def _train_student(args, demo, out, learn):
     "Train a student of the demo's model, and judge it on the same captions."
     from mdm.training.distill import distill_training
     recipe = student_recipe(learn.recipe, out)
@@ -163,13 +161,8 @@ def _train_student(args, demo, out, learn, seconds):
           f'teacher draws in {many}', flush=True)
     student = distill_training(recipe)
     print('5. Drawing the same captions with the student', flush=True)
-    right = draw_captions(out/'student', out/'samples'/'student', demo.captions, seed=args.seed,
-                          training_seconds=round(student.seconds, 1))
-    _print_right(right, f"student's {demo.captions} {demo.things}")
-    print(f'\nThe student took {student.seconds:.0f} s, its teacher {seconds:.0f} s.')
-    print(f"  {demo.things:<12}{out/'samples'/'student'/'grid.png'}")
-    print(f"  checkpoint  {out/'student'/f'step_{student.steps:08d}'}")
-    print(f"\nSee both on a page: mdm_app {shlex.quote(str(out/'student'))} {shlex.quote(str(out/'run'))}")
+    _judge(args, demo, out, student, student.seconds, out/'samples'/'student')
+    print(f"See both on a page: mdm_app {shlex.quote(str(out/'student'))} {shlex.quote(str(out/'run'))}")
 
 # %% ../../nbs/5_edges/09_demo.ipynb #9bae7d18
 def _demo_command(
@@ -198,12 +191,8 @@ def _demo_command(
             seconds += learn.seconds
         print(f'3. Drawing {demo.captions} captions whose combination of colour, shape and background was not in the '
               f'training {demo.things}', flush=True)
-        right = draw_captions(out/'run', out/'samples', demo.captions, seed=args.seed,
-                              training_seconds=round(seconds, 1))
-        size = learn.recipe.data.image_size
-        _print_right(right, f'{demo.captions} {demo.things} of {size} x {size} pixels')
-        _print_files(demo, out, learn, seconds)
-        if demo.student and not args.no_student: _train_student(args, demo, out, learn, seconds)
+        _judge(args, demo, out, learn, seconds, out/'samples')
+        if demo.student and not args.no_student: _train_student(args, demo, out, learn)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #a25faf0b
 def mdm_demo(

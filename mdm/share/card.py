@@ -35,9 +35,9 @@ def _for_others(name, base=''):
 def _public_starts(model:UNetConfig):
     "A model's settings. That an inner network was trained alone stays known: late joining (`join`) depends on it."
     if not isinstance(model, NestedUNetConfig): return model
-    start = str(model.inner_from or '')
-    name = start if hub_name(start) else start and _for_others(start)
-    return replace(model, inner_from=name or None, inner=_public_starts(model.inner))
+    start = model.inner_from
+    if start and not hub_name(start): start = _for_others(start)
+    return replace(model, inner_from=start, inner=_public_starts(model.inner))
 
 def public_recipe(
     recipe:Recipe, # of a training

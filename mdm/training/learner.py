@@ -72,6 +72,17 @@ def tune(
     for weight, k in zip(weights, networks_of(names, model.config)): weight.requires_grad_(k in networks)
     return spare_frozen(model)
 
+# %% ../../nbs/3_training/10_learner.ipynb #37f73f07
+def _start_inner(network, place='model'):
+    "Load the inner networks of `inner_from`."
+    if not isinstance(network.config, NestedUNetConfig): return
+    if start := network.config.inner_from:
+        try: load_inner(network, start)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f'{place}.inner_from: {e} Name the checkpoint that the inner network starts from, or null '
+                                    'for new weights') from e
+    _start_inner(network.inner_unet, f'{place}.inner')
+
 # %% ../../nbs/3_training/10_learner.ipynb #d4dc74a5
 def build_model(
     recipe:Recipe, # what to build
@@ -85,16 +96,6 @@ def build_model(
         if recipe.finetune: tune(model, recipe, grow)
     if grow: _start_inner(model)
     return model
-
-def _start_inner(network, place='model'):
-    "Load the inner networks of `inner_from`."
-    if not isinstance(network.config, NestedUNetConfig): return
-    if start := network.config.inner_from:
-        try: load_inner(network, start)
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f'{place}.inner_from: {e} Name the checkpoint that the inner network starts from, or null '
-                                    'for new weights') from e
-    _start_inner(network.inner_unet, f'{place}.inner')
 
 def grown_networks(
     model:nn.Module, # `UNet` or `NestedUNet`

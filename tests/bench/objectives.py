@@ -86,15 +86,13 @@ def figures_of(recipe, valid, seed, args):
     if not args.retrieval:
         captions = shapes_captions(args.captions, seed, plain=args.plain)
         return captions, lambda pictures: shapes_report(pictures, captions)
-    from mdm.evaluation.distances import frechet_score, kid_score
-    from mdm.evaluation.retrieval import load_retrieval, picked_right
-    from ways import real_pictures, vectors
+    from mdm.evaluation.retrieval import load_retrieval
+    from ways import real_pictures, retrieval_scores
     judge = load_retrieval(args.retrieval)
     captions, real = real_pictures(recipe, valid, judge, args.captions, args.real)
     def figures(pictures):
-        drawn = torch.stack(list(pixel_tensors(pictures)))
-        found = vectors(judge, drawn)
-        return {'picked': float(np.mean(picked_right(judge, drawn, captions))), 'FD': frechet_score(real, found)['value'], 'KID x 1000': 1000*kid_score(real, found)['value']}
+        picked, fd, kid = retrieval_scores(judge, real, captions, torch.stack(pixel_tensors(pictures)))
+        return {'picked': picked['value'], 'FD': fd['value'], 'KID x 1000': 1000*kid['value']}
     return captions, figures
 
 def measure(changes, seed, args, folder):

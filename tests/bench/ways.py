@@ -29,7 +29,7 @@ from mdm.models.nested_unet import create_model, model_scales
 from mdm.pipeline import MDMPipeline, keep_casts
 from mdm.recipe import load_recipe
 from mdm.utils.configs import changed
-from mdm.utils.pictures import contact_sheet, to_pil
+from mdm.utils.pictures import contact_sheet, signal_to_pixels, to_pil
 
 tokens = 32                              # of a prompt; hardly matters
 
@@ -104,11 +104,14 @@ def vectors(judge, pictures):
     "The judge's vectors of pictures, uint8 [B,3,S,S]."
     return torch.cat([judge.embed_pictures(o) for o in pictures.split(64)])
 
+def retrieval_scores(judge, real, captions, pictures):
+    "How often the judge picks the right caption, FD and KID, of pictures uint8 [B,3,S,S]; `real` are vectors of real pictures."
+    drawn = vectors(judge, pictures)
+    return score(picked_right(judge, pictures, captions), share=True), frechet_score(real, drawn), kid_score(real, drawn)
+
 def retrieval_figures(judge, real, captions, pictures):
-    "Figures by name, each a text, of pictures [B,3,S,S] in [-1,1]; `real` are vectors of real pictures."
-    pictures = ((pictures + 1)*127.5).round().to(torch.uint8)
-    picked, drawn = score(picked_right(judge, pictures, captions), share=True), vectors(judge, pictures)
-    fd, kid = frechet_score(real, drawn), kid_score(real, drawn)
+    "Figures by name, each a text, of pictures [B,3,S,S] in [-1,1]."
+    picked, fd, kid = retrieval_scores(judge, real, captions, signal_to_pixels(pictures))
     return {'picked': f"{picked['value']:.1%} ± {picked['se']:.1%}", 'FD': f"{fd['value']:.4f} ± {fd['se']:.4f}", 'KID x 1000': f"{1000*kid['value']:.2f} ± {1000*kid['se']:.2f}"}
 
 def judged(ways, first, captions, figures):
