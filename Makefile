@@ -33,13 +33,12 @@ browser: $(SETUP)
 demo: $(SETUP)
 	$(BIN)/mdm_demo --output demo
 
-# Every notebook has a process of its own, as it has for a reader: no seed or switch of one reaches the next.
 # Both parts always run; the last line is pytest's, or says that a notebook failed.
 test: browser
 	@failed=0; \
-	find nbs -name '*.ipynb' ! -path '*/[._]*' | sort | $(QUIET) xargs -P $(JOBS) -n 1 $(BIN)/nbdev_test --n_workers 0 --timing --path || failed=1; \
+	$(QUIET) $(BIN)/python tests/run_notebooks.py --jobs $(JOBS) || failed=1; \
 	$(QUIET) $(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile --durations=10 || exit 1; \
-	if [ $$failed = 1 ]; then echo '1 failed: nbdev_test, on a notebook named above'; exit 1; fi
+	if [ $$failed = 1 ]; then echo '1 failed: a notebook named above'; exit 1; fi
 
 export: $(SETUP)
 	$(BIN)/python tests/make_pyproject.py
