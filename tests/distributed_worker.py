@@ -193,10 +193,10 @@ def muon_is_shared(rank, world):
     from mdm.training import optimizers
     torch.manual_seed(0)
     shapes = [(24, 40), (40, 24), (32, 16, 3, 3), (64, 64), (17, 33), (8,)]
-    grads, real, seen, exchanges = [torch.randn(s) for s in shapes], optimizers.orthogonalize_, [], []
+    grads, real, seen, exchanges = [torch.randn(s) for s in shapes], optimizers._orthogonalize, [], []
     def counted(g): seen.append(len(g)); return real(g)
     def gathered(t, sizes): exchanges.append(sizes); return gather(t, sizes)
-    gather, optimizers.gather_flat, optimizers.orthogonalize_ = optimizers.gather_flat, gathered, counted
+    gather, optimizers.gather_flat, optimizers._orthogonalize = optimizers.gather_flat, gathered, counted
     def two_steps():
         ps = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
         opt = optimizers.Muon(ps, lr=.1)
@@ -219,7 +219,7 @@ def mdm_train_here(argv):
     return mdm_train(argv)
 
 def mdm_train_precisely(argv):
-    "Muon in float32: in bfloat16, gradients that differ in the last digit become changes that differ in the third."
+    "Train with Muon in float32: bfloat16 amplifies the rounding differences between FSDP and whole weights."
     from mdm.training import optimizers
     optimizers.fast_dtype = lambda device: torch.float32
     return mdm_train_here(argv)

@@ -1,46 +1,60 @@
-"""Run notebooks as `nbdev_test` does, each in a process of its own: no seed or switch of one reaches the next.
+"""Run the cells of notebooks as `nbdev_test` does, each notebook in a process of its own: no seed or switch of one reaches the next.
 
     python tests/run_notebooks.py [--jobs 2] [NOTEBOOK ...]
 
-A hundred processes that each import PyTorch and fastai would spend minutes on it, so each is a fork of a process that has
-imported `packages`, and nothing of ours.
+A hundred processes that each import PyTorch and fastai would spend minutes on it. So on Linux each is a fork of a process that has
+imported `packages`, and nothing of ours. Files that a notebook leaves in the temporary folder are removed at its end.
 """
-import argparse, multiprocessing, os, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, multiprocessing, os, sys, tempfile, time
+from multiprocessing.connection import wait
 from pathlib import Path
 
-packages = ['torch', 'numpy', 'PIL.Image', 'einops', 'matplotlib.pyplot', 'fastai.learner', 'fastai.callback.progress',
-            'fastai.optimizer', 'nbdev.test', 'nbdev.showdoc', 'fastcore.all', 'webdataset', 'ipywidgets', 'pydantic']
+packages = ['torch', 'fastai.learner', 'fastai.optimizer', 'fastai.callback.progress', 'nbdev.test', 'nbdev.showdoc']
 
 def run_cells(path):
     "Run a notebook; the exit status tells how it went."
     from nbdev.config import get_config
     from nbdev.test import test_nb
+    here = str(Path(__file__).parent)
+    sys.path[:] = [o for o in sys.path if o != here]         # a reader's notebook does not see the tests
     config = get_config()
-    passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), basepath=config.config_path)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tempfile.tempdir:
+        os.environ['TMPDIR'] = tempfile.tempdir
+        passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), basepath=config.config_path)
     sys.exit(0 if passed else 1)
 
-def run_notebook(path, context):
-    "Whether a notebook ran to its end."
-    start, process = time.time(), context.Process(target=run_cells, args=(path.absolute(),))
-    process.start()
-    process.join()
-    print(f"{path}: {'passed' if process.exitcode == 0 else f'FAILED (exit status {process.exitcode})'} in "
-          f'{time.time() - start:.0f} s', flush=True)
-    return process.exitcode == 0
+def run_all(paths, jobs):
+    "Run notebooks, some at a time; returns how many ran to their end."
+    context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+    if sys.platform == 'linux': context.set_forkserver_preload(packages)
+    left, running, passed = list(reversed(paths)), {}, 0
+    try:
+        while left or running:
+            while left and len(running) < jobs:
+                path = left.pop()
+                process = context.Process(target=run_cells, args=(path.absolute(),))
+                process.start()
+                running[process.sentinel] = path, process, time.time()
+            for ended in wait(list(running)):
+                path, process, start = running.pop(ended)
+                process.join()
+                passed += process.exitcode == 0
+                told = 'passed' if process.exitcode == 0 else f'FAILED (exit status {process.exitcode})'
+                print(f'{path}: {told} in {time.time() - start:.0f} s', flush=True)
+    finally:
+        for _, process, _ in running.values(): process.terminate()
+    return passed
 
 def main(args=None):
-    "0 if all notebooks ran, else 1."
+    "0 if there are notebooks and all ran, else 1."
     p = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     p.add_argument('paths', nargs='*', type=Path, metavar='NOTEBOOK', help='all of nbs if left out')
     p.add_argument('--jobs', type=int, default=2, help='notebooks at a time')
     args = p.parse_args(args)
     from nbdev.doclinks import nbglob
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(packages)
     paths = [Path(os.path.relpath(o)) for o in args.paths or sorted(nbglob(as_path=True))]
-    with ThreadPoolExecutor(args.jobs) as pool: passed = list(pool.map(lambda o: run_notebook(o, context), paths))
-    print(f'{sum(passed)} of {len(passed)} notebooks ran')
-    return 0 if all(passed) else 1
+    passed = run_all(paths, args.jobs)
+    print(f'{passed} of {len(paths)} notebooks ran')
+    return 0 if paths and passed == len(paths) else 1
 
 if __name__ == '__main__': sys.exit(main())

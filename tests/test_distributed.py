@@ -151,11 +151,14 @@ def test_slices_train_by_command(shards, whole, tmp_path):
     assert losses(out) == pytest.approx({k: v for k, v in losses(whole[0]).items() if k <= 6}, rel=1e-3)
 
 def test_slices_train_with_muon(shards, tmp_path):
-    "Muon needs whole matrices, and gathers them; stopped and resumed in between."
-    with_muon = lambda out, *more: finish(start(mdm_train_precisely, arguments(shards, tmp_path/out, 'train.optimizer=muon', *more), log=tmp_path/'log'))
-    assert with_muon('whole', 'train.steps=6') == [0, 0], (tmp_path/'log.0').read_text()[-3000:]
-    for n in (3, 6): assert with_muon('slices', 'train.fsdp=true', f'train.steps={n}') == [0, 0], (tmp_path/'log.0').read_text()[-3000:]
-    assert losses(tmp_path/'slices') == pytest.approx(losses(tmp_path/'whole'), rel=1e-4)
+    "Muon needs whole matrices, and gathers them; stopped and resumed in between. In bfloat16 the paths drift apart slowly."
+    for worker, steps, rel in ((mdm_train_precisely, 6, 1e-4), (mdm_train_here, 4, 1e-3)):
+        def with_muon(out, *more):
+            codes = finish(start(worker, arguments(shards, tmp_path/worker.__name__/out, 'train.optimizer=muon', *more), log=tmp_path/'log'))
+            assert codes == [0, 0], (tmp_path/'log.0').read_text()[-3000:]
+            return losses(tmp_path/worker.__name__/out)
+        for n in (3, steps): slices = with_muon('slices', 'train.fsdp=true', f'train.steps={n}')
+        assert slices == pytest.approx(with_muon('whole', f'train.steps={steps}'), rel=rel)
 
 def test_no_process_waits_for_its_gpu_after_a_loss(monkeypatch):
     "Fake tensors on a GPU raise when their numbers are read, as a GPU would make the program wait."

@@ -8,6 +8,7 @@ from mdm.models.adapters import merge_adapters, spare_frozen
 from mdm.models.nested_unet import create_model
 from mdm.pipeline import MDMPipeline
 from mdm.recipe import DistillConfig, RecipeError, load_recipe, recipe_dict
+from mdm.training.distill import distill_recipe, distill_training
 from mdm.training.learner import build_model
 from mdm.training.finetune import finetune_recipe, write_prior
 from mdm.training.run import run_training
@@ -108,6 +109,17 @@ def test_chosen_networks_learn(base, data, tmp_path):
     train(base, data, tmp_path/'all')
     after = load_model(tmp_path/'all', raw=True)[0].state_dict()
     assert {k.startswith('inner_unet.') for k in before if not torch.equal(before[k], after[k])} == {True, False}
+
+def test_a_tuned_model_can_be_a_teacher(adapter, base, data, tmp_path):
+    "It was refused, with the advice to do what was being done; all tuned weights are the start of the student."
+    train(base, data, tmp_path/'whole')
+    for teacher in (tmp_path/'whole', adapter[1]):
+        out = tmp_path/'student'/teacher.name
+        recipe = distill_recipe(teacher, [*few, 'train.lr=1e-30', 'train.steps=1', f'train.output={out}'])
+        assert recipe.finetune is None and recipe.data.files == data
+        distill_training(recipe)
+        learnt = load_model(teacher)[0].state_dict()
+        assert same(load_model(out)[0].state_dict(), learnt) and not same(learnt, load_model(base)[0].state_dict())
 
 def test_a_whole_model_resumes(base, data, tmp_path):
     train(base, data, tmp_path/'run')

@@ -143,6 +143,10 @@ def test_float32_is_used_where_bfloat16_is_slow(monkeypatch):
     assert fast_dtype(torch.device('cpu')) == torch.float32 and fast_dtype(torch.device('cuda')) == torch.bfloat16
     g = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     assert orthogonalize(g).dtype == torch.float32 and abs(torch.linalg.svdvals(orthogonalize(g)) - 1).max() < .25
+    u, _, v = torch.linalg.svd(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    values = torch.linspace(1, .02, 64); values[-1] = .003*values.pow(8).sum()**(1/8)          # the least that counts
+    after = torch.linalg.svdvals(orthogonalize(u @ torch.diag(values) @ v))
+    assert abs(after - 1).max() < .22, (after.min(), after.max())
 
 def test_work_is_divided_evenly():
     costs = [float(1 + i % 7)**2 for i in range(60)]

@@ -105,16 +105,18 @@ def test_readme_commands_are_understood():
 
 def test_notebooks_are_run_apart_and_failures_are_told(tmp_path):
     "By `run_notebooks.py`, as `make test` does; a notebook that kills its process fails like one that raises."
+    import run_notebooks
+    for o in run_notebooks.packages: importlib.import_module(o)
     def nb(name, source): (tmp_path/name).write_text(json.dumps(dict(cells=[dict(cell_type='code', source=source, outputs=[], metadata={}, execution_count=None, id='a')], metadata={}, nbformat=4, nbformat_minor=5)))
-    nb('1.ipynb', 'import torch, os\ntorch.manual_seed(1); torch.mark = 1; os.environ["MARK"] = "1"')
-    nb('2.ipynb', 'import sys, os, torch\nassert not hasattr(torch, "mark") and "MARK" not in os.environ and "mdm" not in sys.modules')
+    nb('1.ipynb', 'import torch, os, tempfile\ntorch.manual_seed(1); torch.mark = 1; os.environ["MARK"] = "1"; d = tempfile.mkdtemp(); open("folder.txt", "w").write(d)')
+    nb('2.ipynb', 'import sys, os, torch\nassert not hasattr(torch, "mark") and "MARK" not in os.environ and "mdm" not in sys.modules and not any(o.endswith("tests") for o in sys.path)')
     nb('3.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     nb('4.ipynb', 'assert 1 == 2, "not so"')
-    done = subprocess.run([sys.executable, root/'tests'/'run_notebooks.py', '--jobs', '1', *sorted(tmp_path.iterdir())], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, root/'tests'/'run_notebooks.py', *sorted(tmp_path.glob('*.ipynb'))], cwd=root, capture_output=True, text=True)
     told = done.stdout
     assert done.returncode == 1 and '2 of 4 notebooks ran' in told, told + done.stderr
     for name, end in [('1', 'passed'), ('2', 'passed'), ('3', r'FAILED \(exit status -9\)'), ('4', r'FAILED \(exit status 1\)')]: assert re.search(rf'{name}\.ipynb: {end}', told), told
-    assert 'not so' in done.stderr
+    assert 'not so' in done.stderr and not Path((tmp_path/'folder.txt').read_text()).exists()
 
 def test_readme_maker(tmp_path):
     def nb(*cells):

@@ -29,9 +29,11 @@ class Demo(NamedTuple):
     def preset(self)->str: # the last recipe, whose model draws
         return self.stages.rpartition(',')[2]
 
-_pictures = 'shapes', 'pictures', 'a large red cross in the centre on a white background'
-_clips = clip_stages, 'clips', 'a red cross moves left on a white background'
-demos = {False: Demo(*_pictures, 16_000, 128, 'demo', True), True: Demo(*_clips, 8_000, 64, 'demo/clips', False)}
+demos = {
+    False: Demo(stages='shapes', things='pictures', example='a large red cross in the centre on a white background',
+                most=16_000, captions=128, folder='demo', student=True),
+    True: Demo(stages=clip_stages, things='clips', example='a red cross moves left on a white background',
+               most=8_000, captions=64, folder='demo/clips', student=False)}
 
 # %% ../../nbs/5_edges/09_demo.ipynb #892e3723
 def clean_demo(
@@ -138,13 +140,13 @@ def _test_of(frames):
     return moving_captions, lambda clips, captions: clip_accuracy([o.frames for o in clips], captions)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #6a69fec5
-def _judge(args, demo, out, learn, seconds, samples):
+def _draw_and_tell(args, demo, learn, seconds, samples, whose=''):
     "Draw the held-out captions, and print how often the model was right and where its files are."
     data, run = learn.recipe.data, Path(learn.recipe.train.output)
     right = draw_captions(run, samples, demo.captions, seed=args.seed, training_seconds=round(seconds, 1))
-    print(f"\nRight in the {demo.captions} {demo.things} of {data.image_size} x {data.image_size} pixels:")
+    print(f"\nRight in the {whose}{demo.captions} {demo.things} of {data.image_size} x {data.image_size} pixels:")
     for k, v in right.items(): print(f"  {'all, clean' if k == 'all' else k:<12}{v:6.1%}")
-    print(f'\nTraining took {seconds:.0f} s. The files are in {out}:')
+    print(f'\nTraining took {seconds:.0f} s. The files:')
     print(f"  {demo.things:<12}{samples/'grid.png'}")
     if data.frames > 1: print(f"  {'film':<12}{samples/'grid.gif'}")
     print(f"  checkpoint  {run/f'step_{learn.steps:08d}'}")
@@ -161,7 +163,7 @@ def _train_student(args, demo, out, learn):
           f'teacher draws in {many}', flush=True)
     student = distill_training(recipe)
     print('5. Drawing the same captions with the student', flush=True)
-    _judge(args, demo, out, student, student.seconds, out/'samples'/'student')
+    _draw_and_tell(args, demo, student, student.seconds, out/'samples'/'student', "student's ")
     print(f"See both on a page: mdm_app {shlex.quote(str(out/'student'))} {shlex.quote(str(out/'run'))}")
 
 # %% ../../nbs/5_edges/09_demo.ipynb #9bae7d18
@@ -191,7 +193,7 @@ def _demo_command(
             seconds += learn.seconds
         print(f'3. Drawing {demo.captions} captions whose combination of colour, shape and background was not in the '
               f'training {demo.things}', flush=True)
-        _judge(args, demo, out, learn, seconds, out/'samples')
+        _draw_and_tell(args, demo, learn, seconds, out/'samples')
         if demo.student and not args.no_student: _train_student(args, demo, out, learn)
 
 # %% ../../nbs/5_edges/09_demo.ipynb #a25faf0b

@@ -275,8 +275,7 @@ def distill_recipe(
     values, t, c = escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
     name, batch = f'{theirs.name}-distilled', max(1, t.batch_size//c.points)
     steps = max(1, 3*t.steps*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
-    values |= dict(name=name, model=plain_start(values['model']),
-                   distill=asdict(c))
+    values |= dict(name=name, model=plain_start(values['model']), distill=asdict(c), finetune=None)
     values['diffusion'] |= dict(mixed_ratio=None)
     values['train'] |= dict(steps=steps, batch_size=batch, lr=t.lr/3, caption_dropout=0.,
         warmup_steps=min(t.warmup_steps, steps//10), freeze_inner_steps=0, output='runs/${name}')

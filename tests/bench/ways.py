@@ -110,7 +110,7 @@ def retrieval_scores(judge, real, captions, pictures):
     return score(picked_right(judge, pictures, captions), share=True), frechet_score(real, drawn), kid_score(real, drawn)
 
 def retrieval_figures(judge, real, captions, pictures):
-    "Figures by name, each a text, of pictures [B,3,S,S] in [-1,1]."
+    "`retrieval_scores` by name, each a text, of pictures [B,3,S,S] in [-1,1]."
     picked, fd, kid = retrieval_scores(judge, real, captions, signal_to_pixels(pictures))
     return {'picked': f"{picked['value']:.1%} ± {picked['se']:.1%}", 'FD': f"{fd['value']:.4f} ± {fd['se']:.4f}", 'KID x 1000': f"{1000*kid['value']:.2f} ± {1000*kid['se']:.2f}"}
 
