@@ -33,11 +33,12 @@ browser: $(SETUP)
 demo: $(SETUP)
 	$(BIN)/mdm_demo --output demo
 
-# Both parts always run; the last line is pytest's, or says that a notebook failed.
+# Both parts always run; the last line is pytest's, or says that a notebook failed. Test files keep their order, in which the
+# slowest test comes first (conftest.py).
 test: browser
 	@failed=0; \
 	$(QUIET) $(BIN)/python tests/run_notebooks.py --jobs $(JOBS) || failed=1; \
-	$(QUIET) $(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile --durations=10 || exit 1; \
+	$(QUIET) $(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10 || exit 1; \
 	if [ $$failed = 1 ]; then echo '1 failed: a notebook named above'; exit 1; fi
 
 export: $(SETUP)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 packages = ['torch', 'fastai.learner', 'fastai.optimizer', 'fastai.callback.progress', 'nbdev.test', 'nbdev.showdoc']
 
-def run_cells(path):
-    "Run a notebook; the exit status tells how it went."
+def run_cells(path, method):
+    "Run a notebook whose own processes start by `method`; the exit status tells how it went."
     from nbdev.config import get_config
     from nbdev.test import test_nb
     here = str(Path(__file__).parent)
     sys.path[:] = [o for o in sys.path if o != here]         # a reader's notebook does not see the tests
+    multiprocessing.set_start_method(method, force=True)     # not the one by which this process started
     config = get_config()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tempfile.tempdir:
         os.environ['TMPDIR'] = tempfile.tempdir
@@ -25,6 +26,7 @@ def run_cells(path):
 
 def run_all(paths, jobs):
     "Run notebooks, some at a time; returns how many ran to their end."
+    usual = multiprocessing.get_start_method()
     context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
     if sys.platform == 'linux': context.set_forkserver_preload(packages)
     left, running, passed = list(reversed(paths)), {}, 0
@@ -32,7 +34,7 @@ def run_all(paths, jobs):
         while left or running:
             while left and len(running) < jobs:
                 path = left.pop()
-                process = context.Process(target=run_cells, args=(path.absolute(),))
+                process = context.Process(target=run_cells, args=(path.absolute(), usual))
                 process.start()
                 running[process.sentinel] = path, process, time.time()
             for ended in wait(list(running)):

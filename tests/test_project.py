@@ -1,5 +1,5 @@
 "What holds for the project as a whole: notebooks, modules, README and packaging agree, and the house rules are kept."
-import ast, importlib, inspect, json, os, re, shutil, subprocess, sys, zipfile
+import ast, importlib, inspect, json, multiprocessing, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from dataclasses import is_dataclass
 from itertools import chain
@@ -109,7 +109,7 @@ def test_notebooks_are_run_apart_and_failures_are_told(tmp_path):
     for o in run_notebooks.packages: importlib.import_module(o)
     def nb(name, source): (tmp_path/name).write_text(json.dumps(dict(cells=[dict(cell_type='code', source=source, outputs=[], metadata={}, execution_count=None, id='a')], metadata={}, nbformat=4, nbformat_minor=5)))
     nb('1.ipynb', 'import torch, os, tempfile\ntorch.manual_seed(1); torch.mark = 1; os.environ["MARK"] = "1"; d = tempfile.mkdtemp(); open("folder.txt", "w").write(d)')
-    nb('2.ipynb', 'import sys, os, torch\nassert not hasattr(torch, "mark") and "MARK" not in os.environ and "mdm" not in sys.modules and not any(o.endswith("tests") for o in sys.path)')
+    nb('2.ipynb', 'import sys, os, torch\nassert not hasattr(torch, "mark") and "MARK" not in os.environ and "mdm" not in sys.modules and not any(o.endswith("tests") for o in sys.path)\nimport multiprocessing; assert multiprocessing.get_start_method() == "METHOD"'.replace('METHOD', multiprocessing.get_start_method()))
     nb('3.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     nb('4.ipynb', 'assert 1 == 2, "not so"')
     done = subprocess.run([sys.executable, root/'tests'/'run_notebooks.py', *sorted(tmp_path.glob('*.ipynb'))], cwd=root, capture_output=True, text=True)
