@@ -1,9 +1,10 @@
-"""Run the cells of notebooks as `nbdev_test` does, each notebook in a process of its own: no seed or switch of one reaches the next.
+"""Run the cells of notebooks as `nbdev_test` does, each notebook in a process of its own.
 
     python tests/run_notebooks.py [--jobs 2] [NOTEBOOK ...]
 
-A hundred processes that each import PyTorch and fastai would spend minutes on it. So on Linux each is a fork of a process that has
-imported `packages`, and nothing of ours. Files that a notebook leaves in the temporary folder are removed at its end.
+So no seed or switch of one notebook reaches the next. A hundred processes that each import PyTorch and fastai would spend minutes
+on it, so on Linux each is a fork of a process that has imported `packages`, and nothing of ours. Files that a notebook leaves in
+the temporary folder are removed at its end.
 """
 import argparse, multiprocessing, os, sys, tempfile, time
 from multiprocessing.connection import wait

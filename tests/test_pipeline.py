@@ -1,7 +1,7 @@
 "The pipeline as people use it: any batch size, stopping, pictures of any kind, and what it remembers."
 import copy, gc, inspect, weakref
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 import numpy as np, pytest, torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,11 +207,12 @@ def test_the_default_is_near_the_exact_answer(shapes):
     "ddim with uniform spacing, once the default, is 0.035 away from what very many steps find; the default is below a third of that."
     captions = shapes_captions(3, held_out=True, seed=7, plain=True)
     def end(**changes):
-        for step in shapes.steps(captions, config=replace(SampleConfig(), **changes)): pass      # what a recipe gets that does not mention sampling
+        for step in shapes.steps(captions, config=shapes.config(**changes)): pass
         return step.x[0].clamp(-1, 1)
     answer = end(steps=120, solver='unipc', spacing='logsnr')
     far = lambda **changes: (end(**changes) - answer).square().mean().sqrt().item()
     assert far() < .01 < far(steps=25, solver='ddim', spacing='uniform')
+    assert shapes.recipe.sample == SampleConfig()                                      # what a recipe gets that does not mention sampling
 
 def test_the_default_draws_what_captions_say(shapes):
     captions = [caption(random_shape(7, i, True)[0]) for i in range(32)]               # the plainest wording

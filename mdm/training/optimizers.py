@@ -161,7 +161,7 @@ def _adam(self:Muon, params, group):
     lengths = [-group['lr']/(1 - b1**s['step']) for s in states]
     torch._foreach_addcdiv_(params, [s['mean'] for s in states], scale, lengths)
 
-# %% ../../nbs/3_training/06_optimizers.ipynb #438dc7bd
+# %% ../../nbs/3_training/06_optimizers.ipynb #e00636a9
 def _wide(p):
     "The shape (m, n) of a parameter as a matrix with m <= n."
     return tuple(sorted((len(p), p.shape[1:].numel())))
@@ -170,6 +170,7 @@ def _work(m, n, count=1):
     "The multiplications of a step of `_orthogonalize`."
     return count*m*m*(2*n + m)
 
+# %% ../../nbs/3_training/06_optimizers.ipynb #438dc7bd
 @lru_cache
 def plan_stacks(
     shapes:tuple[tuple[int, int], ...], # (m, n) of each matrix
@@ -204,7 +205,7 @@ def _ahead(self:Muon, p, group):
     "The gradient of a matrix, looked ahead with its mean: an ordinary tensor."
     return full_tensor(torch.lerp(p.grad, self.state[p]['mean'], group['betas'][0]))
 
-# %% ../../nbs/3_training/06_optimizers.ipynb #76aae730
+# %% ../../nbs/3_training/06_optimizers.ipynb #b003cbdc
 def _call_work(device):
     "The multiplications that take as long as a call's own time: measured on two CPU cores; for a GPU an estimate."
     return 1.25e7 if device.type == 'cpu' else 1e9
@@ -214,6 +215,7 @@ def _view_of(x, p):
     rows, columns = len(p), p.shape[1:].numel()
     return x[:rows, :columns] if rows <= columns else x[:columns, :rows].mT
 
+# %% ../../nbs/3_training/06_optimizers.ipynb #76aae730
 @patch
 def _changes(self:Muon, params, group, owned):
     "The orthogonalized changes of the parameters that are this process's own, by index; all processes must call it."
@@ -249,7 +251,7 @@ def _muon(self:Muon, params, group):
     changes = self._changes(params, group, [o == rank for o in owners])
     if world > 1: changes = self._exchange(changes, params, owners)
     for i, p in enumerate(params):
-        length = group['lr']*.2*math.sqrt(max(len(p), p.shape[1:].numel()))
+        length = group['lr']*.2*math.sqrt(_wide(p)[1])
         p.add_(shard_like(changes[i].to(p.dtype).reshape(p.shape), p), alpha=-length)
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #877ef1f3
