@@ -13,6 +13,7 @@ from mdm.evaluation.evaluate import EvaluateConfig, compare_runs, evaluate, refe
 from mdm.evaluation.features import *
 from mdm.evaluation.retrieval import *
 from mdm.evaluation.retrieval import RetrievalConfig
+from mdm.utils.files import bundled
 from mdm.utils.pictures import pixel_tensors, png_bytes
 from tiny_models import pipe
 
@@ -265,6 +266,26 @@ def test_command_trains_a_judge(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval, 'Distractors', type('Few', (Distractors,), dict(draw=lambda self, text, k, seed: ['another']*k)))
     assert mdm_evaluate(['--retrieval', str(tmp_path/'judge'), '--train-retrieval', *shards]) == 0
     assert 'a judge of 24 captions and 24 pictures' in capsys.readouterr().out and (tmp_path/'judge'/'retrieval.safetensors').exists()
-    for args, said in ((['--train-retrieval', 'x.tar'], 'name it with --retrieval'), (['shapes', '--captions', 'c.txt', '--kid', 'net.pt'], '--kid compares with real pictures'),
+    for args, said in ((['--train-retrieval', 'x.tar'], 'name it with --retrieval'), (['shapes', '--data', *shards, '--caption-key', 'short'], '--caption-key is for --train-retrieval'), (['shapes', '--captions', 'c.txt', '--kid', 'net.pt'], '--kid compares with real pictures'),
                        (['shapes', '--data', *shards, '--retrieval', str(tmp_path)], 'no file'), (['shapes', '--data', *shards, '--fd-dinov2', 'facebook/dinov2-large'], 'HF_HUB_OFFLINE')):
         assert mdm_evaluate([*args, '--output', str(tmp_path/'run')]) == 2 and said in capsys.readouterr().err
+
+def test_the_judge_reads_captions_where_the_model_does(shards, tmp_path, capsys, monkeypatch):
+    "Captions under a key of their own: named on the command line, or by the recipe of the model that is judged."
+    import tarfile
+    from mdm.evaluation import retrieval
+    monkeypatch.setattr(retrieval, 'fit_retrieval', lambda judge, *args: judge.eval() and [0.])
+    monkeypatch.setattr(retrieval, 'Distractors', type('Few', (Distractors,), dict(draw=lambda self, text, k, seed: ['another']*k)))
+    with tarfile.open(tmp_path/'own.tar', 'w') as tar:
+        for i, o in enumerate([*all_shapes()][:6]):
+            add_sample(tar, {'__key__': str(i), 'png': png_bytes(draw(o, 32)), 'json': json.dumps({'short': caption(o), 'alt': 'the same'}).encode()})
+    own = str(tmp_path/'own.tar')
+    train = ['--retrieval', str(tmp_path/'judge'), '--train-retrieval', own]
+    assert mdm_evaluate(train) == 2 and 'no captioned picture' in capsys.readouterr().err
+    assert mdm_evaluate([*train, '--caption-key', 'short']) == 0 and 'a judge of 6 captions' in capsys.readouterr().out
+    shutil.rmtree(tmp_path/'judge')
+    shutil.copytree(bundled/'shapes_fast', tmp_path/'model')
+    recipe = tmp_path/'model'/'recipe.yaml'
+    recipe.write_text(recipe.read_text().replace('caption_key: null', 'caption_key: short'))
+    assert mdm_evaluate([str(tmp_path/'model'), *train, '--data', own, '--limit', '2', '--loss-pictures', '0', '--output', str(tmp_path/'run')]) == 0
+    assert 'a judge of 6 captions' in capsys.readouterr().out and len(json.loads((tmp_path/'run'/'results.json').read_text())['captions']) == 2

@@ -169,15 +169,18 @@ def test_adapters(hub, pipe, stored, adapter):
 def test_commands_take_names(hub, stored, adapter, tmp_path, capsys):
     from PIL import Image
     from mdm.cli.app import checkpoint_place, named_checkpoints
-    from mdm.cli.sample import mdm_sample
+    from mdm.cli.sample import mdm_sample, read_adapter_wish
     from mdm.reference.checkpoints import convert
     from mdm.training.distill import named_recipe
     from mdm.widgets.parts import example_pictures
     from mdm.widgets.state import PipelineShelf
     commit = hub.put('me/tiny', {**stored, 'example_1.png': b'no picture'})
-    hub.put('me/lora', adapter)
-    assert mdm_sample(['me/tiny', 'a red circle', '--n', '1', '--steps', '1', '--output', 'one.png', '--verify', '--adapter', 'me/lora:0.5']) == 0
-    assert Image.open('one.png').text['checkpoint'] == f'hf://me/tiny@{commit}' and Image.open('one.png').text['adapter'] == 'me/lora:0.5'
+    lora = hub.put('me/lora', adapter)
+    assert mdm_sample(['me/tiny', 'a red circle', '--n', '1', '--steps', '1', '--output', 'one.png', '--verify', '--adapter', 'me/lora:0.5',
+                       '--guide', 'me/tiny']) == 0
+    texts = Image.open('one.png').text                       # name the commits: the main branches may move on
+    assert texts['checkpoint'] == texts['guide'] == f'hf://me/tiny@{commit}' and texts['adapter'] == f'hf://me/lora@{lora}:0.5'
+    assert read_adapter_wish(texts['adapter']) == (f'hf://me/lora@{lora}', .5)
     assert mdm_sample(['me/none', 'a red circle', '--output', 'two.png']) == 2 and 'no model me/none' in capsys.readouterr().err
     pinned = f'hf://me/tiny@{commit}'
     assert named_recipe('me/tiny')[0] == pinned and checkpoint_place('me/tiny') == pinned and named_checkpoints(['me/tiny']) == {'tiny': pinned}

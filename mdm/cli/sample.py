@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_png', 'make_sheet', 'next_number', 'read_prompts', 'sample_with_bar', 'choose_tool', 'save_drawn', 'Drawing',
-           'clean_after', 'read_adapter_wish', 'mdm_sample']
+           'clean_after', 'read_adapter_wish', 'pinned_place', 'mdm_sample']
 
 # %% ../../nbs/5_edges/07_sample.ipynb #e4c02529
 import argparse, re, shlex, shutil, warnings
@@ -128,7 +128,7 @@ def _load_guide(args, device):
         return {}, {}
     from mdm.pipeline import MDMPipeline
     guide = MDMPipeline.from_pretrained(args.guide, ema=args.guide_ema, device=device)
-    return dict(guide=guide), dict(guide=args.guide) | ({} if args.guide_ema is None else dict(guide_ema=args.guide_ema))
+    return dict(guide=guide), dict(guide=pinned_place(args.guide)) | ({} if args.guide_ema is None else dict(guide_ema=args.guide_ema))
 
 # %% ../../nbs/5_edges/07_sample.ipynb #0fb73a3f
 _films = '.gif', '.webp', '.mp4'
@@ -285,6 +285,15 @@ def read_adapter_wish(
     try: return path, float(number)
     except ValueError: return text, 1.
 
+# %% ../../nbs/5_edges/07_sample.ipynb #7ab423c6
+def pinned_place(
+    place:str, # a path, the name of a bundled model, or a name of the Hub
+)->str: # a name of the Hub with its commit; anything else as it is
+    "The name under which a later call finds the same weights."
+    from mdm.checkpoint import find_model
+    from mdm.utils.hub import pinned_name
+    return pinned_name(find_model(place)) or place
+
 # %% ../../nbs/5_edges/07_sample.ipynb #029f1291
 def _about(args, config, given, named):
     "What is written into every picture, besides its prompt and seed."
@@ -294,7 +303,8 @@ def _about(args, config, given, named):
     folder = find_model(args.checkpoint)
     pinned, found = pinned_name(folder), find_checkpoint(args.checkpoint).name if folder.is_dir() else ''
     step = {} if pinned or found in ('', Path(args.checkpoint).name) else dict(step=found)   # the newest one may change
-    if args.adapter: named = dict(named, adapter=shlex.join(args.adapter))       # paths may contain blanks
+    adapters = [pinned_place(place) + text[len(place):] for text in args.adapter for place in read_adapter_wish(text)[:1]]
+    if adapters: named = dict(named, adapter=shlex.join(adapters))               # paths may contain blanks
     return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=pinned or args.checkpoint,
                 weights=weights, **step, software='mdm')
 

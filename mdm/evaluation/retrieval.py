@@ -45,6 +45,7 @@ def read_captioned(
     files:list[str], # shards, with braces and wildcards
     size:int, # side in pixels
     limit:int|None=None, # only so many pictures; None: all
+    caption_key:str|None=None, # where captions are, as for `get_captions`
 )->tuple[Tensor, list[list[str]]]: # (uint8 [N,3,size,size], the captions of each)
     "Read pictures with all their captions into memory. Raises `ValueError` when there are none."
     pictures, captions, skipped = [], [], Counter()
@@ -52,7 +53,7 @@ def read_captioned(
         for sample in read_shard(shard, 0, shard.count, skipped):
             kind = next((o for o in PICTURES if o in sample), None)
             if len(pictures) == limit: break
-            try: texts, picture = [*get_captions(sample)], kind and load_picture(sample[kind], size)[0]
+            try: texts, picture = [*get_captions(sample, caption_key)], kind and load_picture(sample[kind], size)[0]
             except Skip: continue
             if picture is None: continue
             pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
@@ -288,17 +289,18 @@ def train_retrieval(
     valid:list[str]|None=None, # shards of held-back renderings; None: the training pictures at other places and sizes
     progress:Callable|None=None, # called with ('training', steps done, in all)
     k:int=32, # captions to choose from
+    caption_key:str|None=None, # where captions are, as for `get_captions`; None: in the usual places
 )->Retrieval: # the judge, whose `facts` are in the folder too
     "Train a judge and save it. Raises `ValueError` for too few captions, `FileExistsError` for a folder of something else."
     config, folder = config or RetrievalConfig(), Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'retrieval.json').exists())):
         raise FileExistsError(f'{folder} holds something that is no judge of retrieval: choose another folder')
-    x, captions = read_captioned(files, config.size)
+    x, captions = read_captioned(files, config.size, caption_key=caption_key)
     torch.manual_seed(config.seed)
     judge = Retrieval(config, find_concepts(captions))
     for texts in captions[:1]: judge.distractors.draw(texts[0], k - 1, 0)      # fails before the training
     losses = fit_retrieval(judge, x, captions, progress)
-    if valid: held = read_captioned(valid, config.size)
+    if valid: held = read_captioned(valid, config.size, caption_key=caption_key)
     else: held = (255*disturb(x/255, 'held back', damage=False)).round().to(torch.uint8), captions
     judge.facts = dict(ceiling=measure_retrieval(judge, *held, k), k=k, pictures=len(x), concepts=len(judge.distractors.concepts),
                        held='other shards' if valid else 'training pictures, moved and scaled', loss=float(np.mean(losses[-20:])))
