@@ -104,7 +104,7 @@ class DistillConfig:
     guidance: NonNegativeFloat = 3.           # of the teacher; the student needs none
     segments: PositiveInt = 2                 # parts of the time axis; the student jumps to the end of the one it is in
     teacher_steps: PositiveInt = 4            # guided steps that the teacher takes in a segment
-    points: PositiveInt = 2                   # of the teacher's way that the student learns from, the first included
+    points: PositiveInt = 2                   # of the teacher's path that the student learns from, the first included
     reach: PositiveFloat = 1.                 # share of a segment that the teacher walks; the averaged student jumps the rest
     noisiest: Annotated[float, Field(gt=0, le=1)] = .7 # share of pictures in the noisiest segment; the others share the rest
     at_start: Annotated[float, Field(ge=0, le=1)] = .9 # share of pictures that begin where a segment begins; others: anywhere

@@ -295,6 +295,19 @@ def test_sample_tells_everything(trained, tmp_path, call):
                       '--guidance-rescale', .5, '--output', tmp_path/'one.png')
     with Image.open(tmp_path/'one.png') as sheet: assert code == 0 and {k: sheet.text[k] for k in config} == config
 
+def test_sample_names_what_may_change(trained, tmp_path, call, refused):
+    "The newest checkpoints of folders, and the recipe of a file of weights, stand in the picture; flags that do not fit are refused before a model is loaded."
+    recipe, weights = trained/'recipe.yaml', tmp_path/'a.pth'
+    assert call(mdm_convert, trained, weights)[0] == 0
+    assert call(mdm_sample, weights, prompt, '--recipe', recipe, '--guide', trained, '--n', 1, '--output', tmp_path/'one.png')[0] == 0
+    with Image.open(tmp_path/'one.png') as sheet: told = sheet.text
+    assert {k: told.get(k) for k in ('checkpoint', 'recipe', 'guide', 'guide_step', 'step')} == dict(checkpoint=str(weights), recipe=str(recipe),
+        guide=str(trained), guide_step='step_00000006', step=None)
+    assert call(mdm_sample, trained, prompt, '--n', 1, '--output', tmp_path/'two.png')[0] == 0
+    with Image.open(tmp_path/'two.png') as sheet: assert sheet.text['step'] == 'step_00000006' and 'recipe' not in sheet.text
+    assert '--guide-ema needs --guide' in refused(mdm_sample, 'nowhere', prompt, '--guide-ema', .5)
+    assert '--mask needs --image' in refused(mdm_sample, 'nowhere', prompt, '--mask', 'm.png')
+
 def test_flags_are_the_fields_of_the_config(call):
     "Every field of SampleConfig is a flag of its own, with the field's comment and choices."
     said = ' '.join(call(mdm_sample, '--help')[1].split())

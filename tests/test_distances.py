@@ -289,3 +289,28 @@ def test_the_judge_reads_captions_where_the_model_does(shards, tmp_path, capsys,
     recipe.write_text(recipe.read_text().replace('caption_key: null', 'caption_key: short'))
     assert mdm_evaluate([str(tmp_path/'model'), *train, '--data', own, '--limit', '2', '--loss-pictures', '0', '--output', str(tmp_path/'run')]) == 0
     assert 'a judge of 6 captions' in capsys.readouterr().out and len(json.loads((tmp_path/'run'/'results.json').read_text())['captions']) == 2
+
+def test_a_judge_is_checked_before_it_is_trained(shards, tmp_path, monkeypatch):
+    from mdm.evaluation import retrieval
+    def trains(*args): raise AssertionError('the training began')
+    monkeypatch.setattr(retrieval, 'fit_retrieval', trains)
+    config = RetrievalConfig(size=16, width=8, layers=2, dim=16, steps=2, batch_size=8, word_dim=32)
+    with pytest.raises(FileNotFoundError, match='nowhere'): train_retrieval(shards, tmp_path/'judge', config, ['nowhere.tar'], k=4)
+    with pytest.raises(ValueError, match='63 are needed'): train_retrieval(shards, tmp_path/'judge', config, shards, k=64)
+    assert not (tmp_path/'judge').exists()
+
+def test_a_judge_of_ten_steps(shards, tmp_path):
+    "One step of warm-up, which divided by zero."
+    config = RetrievalConfig(size=16, width=8, layers=2, dim=16, steps=10, batch_size=8, word_dim=32)
+    judge = train_retrieval(shards, tmp_path/'judge', config, k=4, limit=10)
+    assert judge.facts['pictures'] == judge.facts['ceiling']['all']['n'] == 10
+    with pytest.raises(ValueError, match='k: found 1'): picked_right(judge, torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ['x'], k=1)
+
+def test_flags_that_would_not_be_used(shards, tmp_path, capsys):
+    train = ['--retrieval', str(tmp_path/'judge'), '--train-retrieval', *shards]
+    for args, said in ((['--compare', 'a', 'b', '--captions', 'c.txt', '--sweep'], '--compare reads two runs and draws nothing: leave out --captions, --sweep'),
+                       ([*train, '--fid', 'net.pt'], 'without a checkpoint only the judge is trained: leave out --fid'),
+                       (['shapes', *train, '--captions', 'nowhere.txt'], 'nowhere.txt'), (['nowhere', *train, '--data', *shards], 'nowhere')):
+        assert mdm_evaluate([*args, '--output', str(tmp_path/'run')]) == 2 and said in capsys.readouterr().err
+    (tmp_path/'judge').write_text('a file')
+    assert mdm_evaluate(train) == 2 and '--retrieval' in capsys.readouterr().err

@@ -203,16 +203,17 @@ def test_noise_of_a_gpu(pipe):
 @pytest.fixture(scope='module')
 def shapes(): return MDMPipeline.from_pretrained('shapes', device='cpu', bf16=False)
 
-def test_the_default_is_near_the_exact_answer(shapes):
+def test_the_default_is_near_the_exact_answer():
     "ddim with uniform spacing, once the default, is 0.035 away from what very many steps find; the default is below a third of that."
+    shapes_v = MDMPipeline.from_pretrained('shapes_v', device='cpu', bf16=False)
     captions = shapes_captions(3, held_out=True, seed=7, plain=True)
     def end(**changes):
-        for step in shapes.steps(captions, config=shapes.config(**changes)): pass
+        for step in shapes_v.steps(captions, config=shapes_v.config(**changes)): pass
         return step.x[0].clamp(-1, 1)
     answer = end(steps=120, solver='unipc', spacing='logsnr')
     far = lambda **changes: (end(**changes) - answer).square().mean().sqrt().item()
     assert far() < .01 < far(steps=25, solver='ddim', spacing='uniform')
-    assert shapes.recipe.sample == SampleConfig()                                      # what a recipe gets that does not mention sampling
+    assert shapes_v.recipe.sample == SampleConfig()                                    # what a recipe gets that does not mention sampling
 
 def test_the_default_draws_what_captions_say(shapes):
     captions = [caption(random_shape(7, i, True)[0]) for i in range(32)]               # the plainest wording

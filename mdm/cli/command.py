@@ -71,20 +71,21 @@ def check_output(
     path:str|Path, # file or folder to be written
     folder:bool=True, # False: it is a file
     free_mb:float=20., # least free space in megabytes
+    flag:str='--output', # that named it
 )->Path: # the path; raises `FileExistsError`, `PermissionError`, or `OSError` when there is no space
     "Check that a file or folder can be written."
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
-        raise FileExistsError(f'--output {path} is a {"file" if folder else "folder"}: choose another name')
+        raise FileExistsError(f'{flag} {path} is a {"file" if folder else "folder"}: choose another name')
     there = next(o for o in (path if folder else path.parent, *path.absolute().parents) if o.exists())
-    if not there.is_dir(): raise FileExistsError(f'--output {path}: {there} is a file, not a folder: choose another name')
+    if not there.is_dir(): raise FileExistsError(f'{flag} {path}: {there} is a file, not a folder: choose another name')
     try:
         with tempfile.TemporaryFile(dir=there): pass
     except OSError as e:
-        raise PermissionError(f'--output {path}: nothing can be written into {there} ({e.strerror}): '
+        raise PermissionError(f'{flag} {path}: nothing can be written into {there} ({e.strerror}): '
                               'choose another place') from None
     if shutil.disk_usage(there).free < free_mb*1e6:
-        raise OSError(f'--output {path}: less than {free_mb:g} MB are free on that disk: free some, or choose another place')
+        raise OSError(f'{flag} {path}: less than {free_mb:g} MB are free on that disk: free some, or choose another place')
     return path
 
 # %% ../../nbs/5_edges/04_command.ipynb #fc7c4020

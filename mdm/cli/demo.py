@@ -203,7 +203,7 @@ def mdm_demo(
     "The command behind `make demo`."
     parser = make_parser('mdm_demo',
         'See the library at work without data and without a GPU: draw captioned shapes, train a nested model on them '
-        'for a few minutes, let it draw captions whose combination of colour, shape and background was held out of '
+        'for a few minutes, draw pictures for captions whose combination of colour, shape and background was held out of '
         'training, and count how often it is right. Then train a student of this model, which needs '
         'fewer calls of the network.',
         'mdm_demo\nmdm_demo --output elsewhere --steps 500\nmdm_demo --no-student\nmdm_demo --clips')

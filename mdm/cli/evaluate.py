@@ -66,12 +66,25 @@ def _compare_command(
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #844b355c
 def own_recipe(
-    checkpoint:str|None, # as a command gets it
-): # `Recipe`, or None where the folder of a checkpoint cannot be read: loading the model says why
-    "The recipe of a checkpoint folder."
-    from mdm.checkpoint import find_model, load_checkpoint
-    try: return load_checkpoint(checkpoint).recipe if checkpoint and find_model(checkpoint).is_dir() else None
+    checkpoint:str|None, # a path, the name of a bundled model, or one of the Hub, which is downloaded
+    recipe:str|None=None, # of a file of weights: a preset or a YAML file
+): # `Recipe`, or None where there is no checkpoint or its recipe cannot be read: loading the model says why
+    "The recipe of a model, without loading the model."
+    from mdm.checkpoint import find_model, load_checkpoint, recipe_for
+    if not checkpoint: return None
+    try: return load_checkpoint(checkpoint).recipe if find_model(checkpoint).is_dir() else recipe_for(checkpoint, recipe)
     except (OSError, ValueError): return None
+
+# %% ../../nbs/5_edges/10_evaluate.ipynb #0291674b
+_of_drawing = 'captions', 'limit', 'sweep', 'reference', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'prdc'
+
+def _refuse_unused(args):
+    "Refuse flags that a call without a checkpoint would not use."
+    given = lambda names: ', '.join(f"--{o.replace('_', '-')}" for o in names if getattr(args, o, None))
+    if args.compare and (lost := given(('data', 'retrieval', 'train_retrieval', 'caption_key', *_of_drawing))):
+        raise ValueError(f'--compare reads two runs and draws nothing: leave out {lost}')
+    if not args.checkpoint and getattr(args, 'train_retrieval', None) and (lost := given(_of_drawing)):
+        raise ValueError(f'without a checkpoint only the judge is trained: leave out {lost}, or name a checkpoint')
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #a683c0a1
 def check_evaluate_flags(
@@ -80,6 +93,7 @@ def check_evaluate_flags(
     "Refuse flags that do not fit together, with a `ValueError`."
     if args.compare and args.checkpoint:
         raise ValueError(f'--compare takes two folders of runs and no checkpoint, but {args.checkpoint} was given too')
+    _refuse_unused(args)
     if args.compare: return
     if getattr(args, 'caption_key', None) and not args.train_retrieval:
         raise ValueError('--caption-key is for --train-retrieval; where the captions of --data are, the recipe of the model says')
@@ -87,8 +101,8 @@ def check_evaluate_flags(
         raise ValueError('--train-retrieval needs a folder for the judge: name it with --retrieval')
     if getattr(args, 'train_retrieval', None) and not args.checkpoint: return
     if not args.checkpoint: raise ValueError('no checkpoint: name one, or two runs with --compare A B')
-    recipe = own_recipe(args.checkpoint)
-    if not args.captions and not args.data and not (recipe and recipe.text.classes):
+    recipe = own_recipe(args.checkpoint, args.recipe)
+    if not args.captions and not args.data and recipe and not recipe.text.classes:
         raise ValueError('nothing to draw: name a file of captions with --captions, or shards of captioned pictures with --data')
     compared = [k for k in ('fid', 'fd_dinov2', 'kid', 'cmmd', 'prdc') if getattr(args, k, None)]
     if compared and not args.data and not args.reference:
@@ -126,6 +140,7 @@ def _sweep_command(
     if args.verify or args.recipe or args.guidance is not None:
         raise ValueError('--sweep reads snapshots and takes --guidances, so --verify, --recipe and --guidance do not go with it')
     captions, out = args.captions and read_captions(args.captions), Path(args.output or 'sweep')
+    if args.train_retrieval: _train_judge(args)
     config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
     wishes = {k: v for k, v in sampling_wishes(args).items() if v is not None}
     grid = SweepConfig(args.widths, args.guidances)
@@ -146,8 +161,7 @@ def _evaluate_command(
     "Sample, judge, and print a table."
     check_evaluate_flags(args)
     if args.compare: return _compare_command(args)
-    if args.train_retrieval: _train_judge(args)
-    if args.train_retrieval and not args.checkpoint: return
+    if not args.checkpoint: return _train_judge(args)
     if args.sweep: return _sweep_command(args)
     from mdm.data.files import read_captions
     from mdm.evaluation.evaluate import EvaluateConfig, evaluate
@@ -161,6 +175,7 @@ def _evaluate_command(
     pipe = MDMPipeline.from_pretrained(args.checkpoint, args.recipe, args.raw, args.ema,
         device=process_device(args.device))
     sample = pipe.config(**sampling_wishes(args))
+    if args.train_retrieval: _train_judge(args)
     if captions and (cut := pipe.encoder.describe_cuts(captions)): warnings.warn(cut)
     config = EvaluateConfig(**{o.name: getattr(args, o.name) for o in options(EvaluateConfig)})
     config.name = config.name or str(args.checkpoint)
@@ -182,8 +197,8 @@ def _train_judge(args):
     from mdm.utils.ranks import rank_and_world
     if rank_and_world()[1] > 1:
         raise ValueError('--train-retrieval works in one process: start it without torchrun or accelerate launch')
-    check_output(args.retrieval)
-    recipe = own_recipe(args.checkpoint)
+    check_output(args.retrieval, flag='--retrieval')
+    recipe = own_recipe(args.checkpoint, args.recipe)
     key = args.caption_key or (recipe and recipe.data.caption_key)
     with stage_bars(unit='steps') as progress:
         judge = train_retrieval(args.train_retrieval, args.retrieval, valid=args.data, progress=progress, caption_key=key)

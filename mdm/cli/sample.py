@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_png', 'make_sheet', 'next_number', 'read_prompts', 'sample_with_bar', 'choose_tool', 'save_drawn', 'Drawing',
-           'clean_after', 'read_adapter_wish', 'pinned_place', 'mdm_sample']
+           'clean_after', 'read_adapter_wish', 'pinned_place', 'newest_step', 'mdm_sample']
 
 # %% ../../nbs/5_edges/07_sample.ipynb #e4c02529
 import argparse, re, shlex, shutil, warnings
@@ -109,11 +109,14 @@ def choose_tool(
 
 # %% ../../nbs/5_edges/07_sample.ipynb #5e300c12
 def _asked(args):
-    "All prompts of a command line. Raises ValueError when there are none, or when `--output` is no PNG file and no folder."
+    "All prompts of a command line. Raises ValueError when there are none, and for flags that do not fit."
     prompts = args.rest + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('no prompt: write what to draw after the checkpoint, in quotes, or name a text file with '
             '--prompts-file')
+    if args.guide_ema is not None and not args.guide:
+        raise ValueError('--guide-ema needs --guide: name the checkpoint of the weaker model')
+    _check_tool(args)
     kind = Path(args.output).suffix.lower()
     if kind in ('.jpg', '.jpeg', '.webp', '.gif'):
         raise ValueError(f'--output {args.output}: pictures are written as PNG, not as {kind}: name a .png file, or a folder')
@@ -123,9 +126,7 @@ def _asked(args):
 # %% ../../nbs/5_edges/07_sample.ipynb #d53d809a
 def _load_guide(args, device):
     "The guide as an argument of the pipeline, and what is written about it; both empty without `--guide`."
-    if not args.guide:
-        if args.guide_ema is not None: raise ValueError('--guide-ema needs --guide: name the checkpoint of the weaker model')
-        return {}, {}
+    if not args.guide: return {}, {}
     from mdm.pipeline import MDMPipeline
     guide = MDMPipeline.from_pretrained(args.guide, ema=args.guide_ema, device=device)
     return dict(guide=guide), dict(guide=pinned_place(args.guide)) | ({} if args.guide_ema is None else dict(guide_ema=args.guide_ema))
@@ -289,24 +290,38 @@ def read_adapter_wish(
 def pinned_place(
     place:str, # a path, the name of a bundled model, or a name of the Hub
 )->str: # a name of the Hub with its commit; anything else as it is
-    "The name under which a later call finds the same weights."
+    "The name of a model, so that a change on the Hub does not change its weights."
     from mdm.checkpoint import find_model
     from mdm.utils.hub import pinned_name
     return pinned_name(find_model(place)) or place
 
+# %% ../../nbs/5_edges/07_sample.ipynb #f39f0305
+def newest_step(
+    place:str, # a path, the name of a bundled model, or a name of the Hub
+)->str|None: # the name of its newest checkpoint now; None: `place` is no folder of checkpoints
+    "What a folder of checkpoints stands for until the training goes on."
+    from mdm.checkpoint import find_checkpoint, find_model
+    folder = find_model(place)
+    if not folder.is_dir() or any((folder/o).is_file() for o in ('state.json', 'adapter_config.json')): return None
+    return find_checkpoint(folder).name
+
+# %% ../../nbs/5_edges/07_sample.ipynb #a2820a6c
+def _steps(args):
+    "The newest checkpoints of the folders that a command line names."
+    adapters = [newest_step(read_adapter_wish(o)[0]) or '-' for o in args.adapter]
+    found = dict(step=newest_step(args.checkpoint), guide_step=args.guide and newest_step(args.guide),
+                 adapter_steps=' '.join(adapters) if {*adapters} - {'-'} else None)
+    return {k: o for k, o in found.items() if o}
+
 # %% ../../nbs/5_edges/07_sample.ipynb #029f1291
 def _about(args, config, given, named):
     "What is written into every picture, besides its prompt and seed."
-    from mdm.checkpoint import find_checkpoint, find_model
-    from mdm.utils.hub import pinned_name
     weights = 'raw' if args.raw else 'average' if args.ema is None else f'average {args.ema}'
-    folder = find_model(args.checkpoint)
-    pinned, found = pinned_name(folder), find_checkpoint(args.checkpoint).name if folder.is_dir() else ''
-    step = {} if pinned or found in ('', Path(args.checkpoint).name) else dict(step=found)   # the newest one may change
+    recipe = dict(recipe=args.recipe) if args.recipe else {}
     adapters = [pinned_place(place) + text[len(place):] for text in args.adapter for place in read_adapter_wish(text)[:1]]
     if adapters: named = dict(named, adapter=shlex.join(adapters))               # paths may contain blanks
-    return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, checkpoint=pinned or args.checkpoint,
-                weights=weights, **step, software='mdm')
+    return dict(negative_prompt=args.negative_prompt, **asdict(config), **given, **named, **recipe, **_steps(args),
+                checkpoint=pinned_place(args.checkpoint), weights=weights, software='mdm')
 
 def _sample_command(
     args:argparse.Namespace, # of `mdm_sample`

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RetrievalConfig', 'read_captioned', 'plain_caption', 'find_concepts', 'Distractors', 'picture_network',
            'CaptionNetwork', 'Retrieval', 'disturb', 'contrastive_loss', 'fit_retrieval', 'picked_right',
-           'measure_retrieval', 'train_retrieval', 'save_retrieval', 'load_retrieval', 'retrieval_score']
+           'asked_captions', 'measure_retrieval', 'train_retrieval', 'save_retrieval', 'load_retrieval',
+           'retrieval_score']
 
 # %% ../../nbs/4_use/06_retrieval.ipynb #ebb684f2
 import json, random
@@ -43,13 +44,14 @@ class RetrievalConfig:
 # %% ../../nbs/4_use/06_retrieval.ipynb #12fa3bfe
 def read_captioned(
     files:list[str], # shards, with braces and wildcards
-    size:int, # side in pixels
+    size:int, # side in pixels; the middle square of each is resized
     limit:int|None=None, # only so many pictures; None: all
     caption_key:str|None=None, # where captions are, as for `get_captions`
 )->tuple[Tensor, list[list[str]]]: # (uint8 [N,3,size,size], the captions of each)
     "Read pictures with all their captions into memory. Raises `ValueError` when there are none."
     pictures, captions, skipped = [], [], Counter()
     for shard in find_shards(list(files)):
+        if len(pictures) == limit: break
         for sample in read_shard(shard, 0, shard.count, skipped):
             kind = next((o for o in PICTURES if o in sample), None)
             if len(pictures) == limit: break
@@ -165,7 +167,7 @@ class Retrieval(nn.Module):
 
 # %% ../../nbs/4_use/06_retrieval.ipynb #9b3dd096
 def _blurred(x, rng):
-    "Half of the pictures, through a smaller size of their own."
+    "Blur half of the pictures: make them smaller and large again."
     side = x.shape[-1]
     small = max(2, round(side*(.4 + .5*rng.random())))
     soft = F.interpolate(F.interpolate(x, size=small, mode='bilinear', antialias=True), size=side, mode='bilinear')
@@ -206,8 +208,8 @@ def contrastive_loss(
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))/2
 
 # %% ../../nbs/4_use/06_retrieval.ipynb #351e3a27
-def _related(judge, texts, owners):
-    "Bool [B,B]: caption j is one of the captions of picture i, or belongs to one of its concepts."
+def _related(texts, owners):
+    "Bool [B,B]: caption j is one of the captions of picture i."
     sets = [{plain_caption(t) for t in o} for o in owners]
     plain = [*map(plain_caption, texts)]
     return torch.tensor([[t in s for t in plain] for s in sets])
@@ -218,7 +220,7 @@ def _step(judge, optimizer, schedule, x, captions, rows, step):
     texts = [rng.choice(captions[i]) for i in rows]
     part = disturb(resize_bicubic(x[rows], judge.config.size, True), f'{judge.config.seed} {step}')
     p, t = judge.embed_pictures(part), judge.embed_captions(texts)
-    loss = contrastive_loss(p, t, judge.scale.clamp(max=4.6).exp(), _related(judge, texts, [captions[i] for i in rows]))
+    loss = contrastive_loss(p, t, judge.scale.clamp(max=4.6).exp(), _related(texts, [captions[i] for i in rows]))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -235,7 +237,7 @@ def fit_retrieval(
     "Train the judge on this machine's CPU."
     c, losses, order = judge.config, [], torch.Generator().manual_seed(judge.config.seed)
     optimizer = torch.optim.AdamW(judge.parameters(), c.lr, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c.lr, total_steps=c.steps, pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c.lr, total_steps=c.steps, pct_start=max(.1, 1.5/c.steps))
     rows, size = torch.empty(0, dtype=torch.long), min(c.batch_size, len(x))
     judge.train().to(memory_format=torch.channels_last)
     judge.vectors.clear()
@@ -254,16 +256,25 @@ def picked_right(
     pictures:Tensor, # uint8 [B,3,H,W]
     captions:list[str], # what each should show
     k:int|None=None, # captions to choose from, the right one included; None: as many as in the judge's own measurement, or 32
-    seeds:Iterable|None=None, # for each picture, of the wrong captions; None: 0, 1, ...
+    seeds:Iterable|None=None, # for each picture, of its wrong captions; None: 0, 1, ... in every call
 )->list[float]: # for each picture 1 or 0: is the right caption the nearest?
     "Ask which of k captions every picture shows. Raises `ValueError` where the judge knows too few captions."
-    marks, p, k = [], judge.embed_pictures(pictures.to(judge.scale.device)), k or judge.facts.get('k', 32)
+    k = judge.facts.get('k', 32) if k is None else k
+    if k < 2: raise ValueError(f'k: found {k}, expected at least 2 captions to choose from')
+    marks, p = [], judge.embed_pictures(pictures.to(judge.scale.device))
     for row, text, seed in zip(p, captions, range(len(captions)) if seeds is None else seeds):
         texts = [text, *judge.distractors.draw(text, k - 1, seed)]
         if new := [t for t in texts if t not in judge.vectors]: judge.vectors.update(zip(new, judge.embed_captions(new)))
         close = torch.stack([judge.vectors[t] for t in texts]) @ row
         marks.append(float(close[0] > close[1:].max()))
     return marks
+
+# %% ../../nbs/4_use/06_retrieval.ipynb #e1ed187b
+def asked_captions(
+    captions:list[list[str]], # of each picture
+)->list[str]: # one of each
+    "The captions by which the judge is asked for real pictures."
+    return [random.Random(i).choice(o) for i, o in enumerate(captions)]
 
 # %% ../../nbs/4_use/06_retrieval.ipynb #47f9b12b
 def measure_retrieval(
@@ -273,7 +284,7 @@ def measure_retrieval(
     k:int=32, # captions to choose from
 )->dict: # value, se and n over all, and of pictures that are asked for by a caption that is new to the judge
     "How often does the judge pick the right caption of real pictures?"
-    asked = [random.Random(i).choice(o) for i, o in enumerate(captions)]
+    asked = asked_captions(captions)
     marks = [m for i in range(0, len(x), 64)
         for m in picked_right(judge, x[i:i + 64], asked[i:i + 64], k, range(i, i + 64))]
     known = judge.distractors.places
@@ -281,27 +292,34 @@ def measure_retrieval(
     row = lambda o: {n: v for n, v in score(o, share=True).items() if n in ('value', 'se', 'n')} if o else None
     return dict(all=row(marks), new_captions=row(new))
 
+# %% ../../nbs/4_use/06_retrieval.ipynb #ce78d39a
+def _moved(x, captions, most=4096):
+    "Training pictures at other places and sizes, at most so many, with their captions."
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    moved = disturb(x[rows]/255, 'held back', damage=False)
+    return (255*moved).round().to(torch.uint8), [captions[i] for i in rows]
+
 # %% ../../nbs/4_use/06_retrieval.ipynb #5a186b3c
 def train_retrieval(
-    files:list[str], # shards of captioned pictures
+    files:list[str], # shards of pictures with k or more captions that are not related; all are read into memory
     folder:str|Path, # where the judge goes; an earlier one is replaced
     config:RetrievalConfig|None=None, # how it is built and trained; None: the defaults
-    valid:list[str]|None=None, # shards of held-back renderings; None: the training pictures at other places and sizes
+    valid:list[str]|None=None, # shards of other pictures; None: up to 4,096 of the training pictures, at other places and sizes
     progress:Callable|None=None, # called with ('training', steps done, in all)
     k:int=32, # captions to choose from
     caption_key:str|None=None, # where captions are, as for `get_captions`; None: in the usual places
+    limit:int|None=None, # only so many pictures for the training; None: all
 )->Retrieval: # the judge, whose `facts` are in the folder too
     "Train a judge and save it. Raises `ValueError` for too few captions, `FileExistsError` for a folder of something else."
     config, folder = config or RetrievalConfig(), Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'retrieval.json').exists())):
         raise FileExistsError(f'{folder} holds something that is no judge of retrieval: choose another folder')
-    x, captions = read_captioned(files, config.size, caption_key=caption_key)
+    x, captions = read_captioned(files, config.size, limit, caption_key)
+    held = read_captioned(valid, config.size, caption_key=caption_key) if valid else _moved(x, captions)
     torch.manual_seed(config.seed)
     judge = Retrieval(config, find_concepts(captions))
-    for texts in captions[:1]: judge.distractors.draw(texts[0], k - 1, 0)      # fails before the training
+    for i, text in enumerate(asked_captions(held[1])): judge.distractors.draw(text, k - 1, i)    # fails before the training
     losses = fit_retrieval(judge, x, captions, progress)
-    if valid: held = read_captioned(valid, config.size, caption_key=caption_key)
-    else: held = (255*disturb(x/255, 'held back', damage=False)).round().to(torch.uint8), captions
     judge.facts = dict(ceiling=measure_retrieval(judge, *held, k), k=k, pictures=len(x), concepts=len(judge.distractors.concepts),
                        held='other shards' if valid else 'training pictures, moved and scaled', loss=float(np.mean(losses[-20:])))
     save_retrieval(judge, folder)

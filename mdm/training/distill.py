@@ -44,7 +44,7 @@ def draw_starts(
     device:str|torch.device='cpu', # where
     generator:torch.Generator|None=None, # source of the draws; None: torch's own
 )->tuple[Tensor, Tensor]: # steps to begin at, 1..N [B], and the last steps of their segments, 0..N-1 [B]
-    "Draw where the ways of a batch begin."
+    "Draw where the paths of a batch begin."
     draw = dict(device=device, generator=generator)
     ends = torch.tensor(choose_steps(n, config.segments, 'trailing'), device=device)
     others = config.segments - 1
@@ -111,7 +111,7 @@ def clean(self:Teacher,
 
 # %% ../../nbs/3_training/12_distill.ipynb #cfba7156
 class Points(NamedTuple):
-    "Points on the teacher's ways, and where the ways leave their segments."
+    "Points on the teacher's paths, and where the paths leave their segments."
     t: Tensor            # steps, 1..N [P]
     end: Tensor          # last steps of their segments [P]
     x_t: list[Tensor]    # noisy pictures, highest resolution first [P,3,h,w]
@@ -120,7 +120,7 @@ class Points(NamedTuple):
 # %% ../../nbs/3_training/12_distill.ipynb #0006423c
 @patch
 def _stops(self:Teacher, t, end):
-    "The steps of the ways from `t` on, the first one included, and none twice."
+    "The steps of the paths from `t` on, the first one included, and none twice."
     m, length = self.config.teacher_steps, self.diffusion.config.num_steps/self.config.segments
     last = torch.maximum(end, t - max(m, round(self.config.reach*length)))
     return [t - ((t - last)*j/m).round().long() for j in range(m + 1)]
@@ -132,8 +132,8 @@ def walk(self:Teacher,
     t:Tensor, # their steps, 1..N [B]
     end:Tensor, # last steps of their segments [B]
     conditions:tuple=(None, None, None), # text embeddings, mask and micro-conditioning
-    average:nn.Module|None=None, # the averaged student, which goes the rest of the way where `reach` is below 1
-)->Points: # `points` of every way, the first ones first
+    average:nn.Module|None=None, # the averaged student, which goes the rest where `reach` is below 1
+)->Points: # `points` of every path, the first ones first
     "Walk from noisy pictures to the ends of their segments, all resolutions together."
     d, c, points, past = self.diffusion, self.config, [], [None]*len(x)
     steps, kept = self._stops(t, end), {round(j*c.teacher_steps/c.points) for j in range(c.points)}
@@ -170,7 +170,7 @@ class DistillLoss:
         preds:list[Tensor], # the student's predictions, highest resolution first [P,3,h,w]
         points, # the `Points` of `Distilling`; fastai makes plain tuples of named ones
     )->Tensor: # the loss, a scalar
-        "Compare predictions with those that lead to the ends of the teacher's ways."
+        "Compare predictions with those that lead to the ends of the teacher's paths."
         d, (t, end, x_t, x_end), errors = self.diffusion, points, []
         for i, (raw, x, goal) in enumerate(zip(preds, x_t, x_end)):
             g = d.signal_power(t, i)
@@ -183,7 +183,7 @@ class DistillLoss:
 
 # %% ../../nbs/3_training/12_distill.ipynb #8c4c776d
 class Distilling(Callback):
-    "Replace pictures by the points of the teacher's ways from them."
+    "Replace pictures by the points of the teacher's paths from them."
     order = callback_order['Noising']
     def __init__(self,
         teacher:Teacher, # the trained model
@@ -263,9 +263,15 @@ def named_recipe(
     return str(path) if named else pinned_name(checkpoint.folder) or str(checkpoint.folder), checkpoint.recipe
 
 
+# %% ../../nbs/3_training/12_distill.ipynb #184a85cd
+def _trained_steps(path, planned):
+    "How many steps of the recipe a training took; a file of weights does not say it."
+    step = load_checkpoint(path).step if find_model(path).is_dir() else 0
+    return min(step, planned) if step else planned
+
 # %% ../../nbs/3_training/12_distill.ipynb #4bd52d12
 def distill_recipe(
-    path:str|Path, # checkpoint of the teacher: a folder, a folder of checkpoints, a file of weights, or 'shapes'
+    path:str|Path, # the teacher: a checkpoint, a folder of them, a file of weights, or the name of a bundled model or of the Hub
     overrides:list[str]=(), # e.g. ['distill.segments=4', 'train.steps=500']
     files:list[str]=(), # shards to train on; none: those of the teacher's recipe
 )->Recipe: # checked
@@ -274,7 +280,7 @@ def distill_recipe(
     _check_teacher(path, theirs)
     values, t, c = escaped(recipe_dict(theirs)), theirs.train, DistillConfig(teacher, theirs.sample.guidance)
     name, batch = f'{theirs.name}-distilled', max(1, t.batch_size//c.points)
-    steps = max(1, 3*t.steps*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
+    steps = max(1, 3*_trained_steps(path, t.steps)*t.batch_size//(batch*(3*c.points + 2*c.teacher_steps)))
     values |= dict(name=name, model=plain_start(values['model']), distill=asdict(c), finetune=None)
     values['diffusion'] |= dict(mixed_ratio=None)
     values['train'] |= dict(steps=steps, batch_size=batch, lr=t.lr/3, caption_dropout=0.,

@@ -99,7 +99,7 @@ def orthogonalize(
 class Muon(torch.optim.Optimizer):
     "Muon for matrices and convolutions, AdamW for all other parameters."
     def __init__(self,
-        params, # parameters or groups of them
+        params, # parameters or groups of them; a group with `matrices=False` is AdamW's
         lr:float=1e-3, # learning rate, as for AdamW
         betas:tuple[float, float]=(.95, .99), # decay of the mean gradient, and (AdamW only) of its mean square
         weight_decay:float=0., # pull towards zero, times the learning rate
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
     def is_matrix(
         p:Tensor, # a parameter
     )->bool: # False: AdamW's
-        "Whether it is large enough in both dimensions for Muon."
+        "Whether both sides of its matrix are 16 or more."
         return p.ndim >= 2 and min(p.shape[0], p.shape[1:].numel()) >= 16
 
 # %% ../../nbs/3_training/06_optimizers.ipynb #7c5a49c4
@@ -174,7 +174,7 @@ def _work(m, n, count=1):
 @lru_cache
 def plan_stacks(
     shapes:tuple[tuple[int, int], ...], # (m, n) of each matrix
-    call:float, # the multiplications that take as long as a call's own time
+    call:float, # fixed cost of a call, counted in multiplications
 )->list[tuple[int, int, tuple[int, ...]]]: # (m, n, which matrices) of each stack
     "Choose which matrices are orthogonalized together, filled up with zeros to one shape."
     equal = defaultdict(tuple)

@@ -70,7 +70,7 @@ def _read_side(side, names, adapters=None):
 # %% ../../nbs/4_use/13_widget_exchange.ipynb #ab3885d8
 def _from_sample(texts):
     "Settings of a file that `mdm_sample` wrote, as plain values."
-    side = dict(checkpoint=texts.get('checkpoint', ''), recipe='')
+    side = {k: texts.get(k, '') for k in ('checkpoint', 'recipe')}
     for o in options(SampleConfig):
         if o.name not in texts: continue
         value = texts[o.name]
