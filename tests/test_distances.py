@@ -314,3 +314,9 @@ def test_flags_that_would_not_be_used(shards, tmp_path, capsys):
         assert mdm_evaluate([*args, '--output', str(tmp_path/'run')]) == 2 and said in capsys.readouterr().err
     (tmp_path/'judge').write_text('a file')
     assert mdm_evaluate(train) == 2 and '--retrieval' in capsys.readouterr().err
+
+def test_the_recipe_of_a_model_that_is_not_loaded_yet(tmp_path):
+    from mdm.cli.evaluate import own_recipe
+    (tmp_path/'a.pth').write_bytes(b'')
+    assert own_recipe(str(tmp_path/'a.pth'), 'imagenet_64').text.encoder == 'classes' and own_recipe(str(tmp_path/'a.pth')) is None
+    assert own_recipe('shapes').name == 'shapes' and own_recipe('nowhere') is None

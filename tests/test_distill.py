@@ -233,3 +233,12 @@ def test_the_benchmark(teacher, tmp_path, capsys):
     rows = main([str(teacher), str(kept), '--captions', '4', '--steps', '1', '2', '--full', '3', '--solvers', 'ddim', '--output', str(tmp_path/'figures')])
     assert len(rows) == 10 and [r['evaluations'] for r in rows[::2]] == [6, 2, 4, 1, 2] and {'rmse', 'pixels', 'seconds', 'colour'} <= rows[-1].keys()
     assert sorted(p.name for p in (tmp_path/'figures').iterdir()) == ['figures.json', 'figures.md', 'figures.png', 'pictures.png'] and '| kept | 2 | 8 |' in capsys.readouterr().out
+
+def test_a_teacher_that_was_stopped_counts_with_the_steps_it_took(tmp_path):
+    import json, shutil
+    from mdm.utils.files import bundled
+    shutil.copytree(bundled/'shapes', tmp_path/'teacher')
+    planned = distill_recipe(tmp_path/'teacher', files=['a.tar']).train.steps
+    state = json.loads((tmp_path/'teacher'/'state.json').read_text())
+    (tmp_path/'teacher'/'state.json').write_text(json.dumps(state | dict(step=state['step']//10)))
+    assert abs(distill_recipe(tmp_path/'teacher', files=['a.tar']).train.steps - planned/10) < 1
