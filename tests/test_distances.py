@@ -309,7 +309,8 @@ def test_a_judge_of_ten_steps(shards, tmp_path):
 def test_flags_that_would_not_be_used(shards, tmp_path, capsys):
     train = ['--retrieval', str(tmp_path/'judge'), '--train-retrieval', *shards]
     for args, said in ((['--compare', 'a', 'b', '--captions', 'c.txt', '--sweep'], '--compare reads two runs and draws nothing: leave out --captions, --sweep'),
-                       ([*train, '--fid', 'net.pt'], 'without a checkpoint only the judge is trained: leave out --fid'),
+                       ([*train, '--fid', 'net.pt', '--steps', '4'], 'without a checkpoint only the judge is trained: leave out --output, --fid, --steps, or name a checkpoint'),
+                       (['--compare', 'a', 'b', '--guidance', '2'], 'leave out --guidance'),
                        (['shapes', *train, '--captions', 'nowhere.txt'], 'nowhere.txt'), (['nowhere', *train, '--data', *shards], 'nowhere')):
         assert mdm_evaluate([*args, '--output', str(tmp_path/'run')]) == 2 and said in capsys.readouterr().err
     (tmp_path/'judge').write_text('a file')

@@ -76,29 +76,31 @@ def own_recipe(
     except (OSError, ValueError): return None
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #0291674b
-_of_drawing = 'captions', 'limit', 'sweep', 'reference', 'clip', 'fid', 'fd_dinov2', 'kid', 'cmmd', 'prdc'
-
-def _refuse_unused(args):
-    "Refuse flags that a call without a checkpoint would not use."
-    given = lambda names: ', '.join(f"--{o.replace('_', '-')}" for o in names if getattr(args, o, None))
-    if args.compare and (lost := given(('data', 'retrieval', 'train_retrieval', 'caption_key', *_of_drawing))):
-        raise ValueError(f'--compare reads two runs and draws nothing: leave out {lost}')
-    if not args.checkpoint and getattr(args, 'train_retrieval', None) and (lost := given(_of_drawing)):
-        raise ValueError(f'without a checkpoint only the judge is trained: leave out {lost}, or name a checkpoint')
+def _refuse_unused(args, usual):
+    "Refuse flags that a call without a checkpoint would not use; `usual` holds the values of flags that are not given."
+    if args.compare: used, why, mend = ('compare', 'output', 'gallery'), '--compare reads two runs and draws nothing', ''
+    elif args.checkpoint or not args.train_retrieval: return
+    else:
+        used, why = ('retrieval', 'train_retrieval', 'caption_key', 'data'), 'without a checkpoint only the judge is trained'
+        mend = ', or name a checkpoint'
+    lost = [f"--{k.replace('_', '-')}" for k, v in vars(args).items() if k not in used and v != getattr(usual, k)]
+    if lost: raise ValueError(f"{why}: leave out {', '.join(lost)}{mend}")
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #a683c0a1
 def check_evaluate_flags(
     args:argparse.Namespace, # of `mdm_evaluate`
+    usual:argparse.Namespace|None=None, # what they are where no flag is given; None: flags may be of no use
 ):
     "Refuse flags that do not fit together, with a `ValueError`."
     if args.compare and args.checkpoint:
         raise ValueError(f'--compare takes two folders of runs and no checkpoint, but {args.checkpoint} was given too')
-    _refuse_unused(args)
+    if not args.compare and getattr(args, 'train_retrieval', None) and not args.retrieval:
+        raise ValueError('--train-retrieval needs a folder for the judge: name it with --retrieval')
+    if usual: _refuse_unused(args, usual)
     if args.compare: return
     if getattr(args, 'caption_key', None) and not args.train_retrieval:
-        raise ValueError('--caption-key is for --train-retrieval; where the captions of --data are, the recipe of the model says')
-    if getattr(args, 'train_retrieval', None) and not args.retrieval:
-        raise ValueError('--train-retrieval needs a folder for the judge: name it with --retrieval')
+        raise ValueError('--caption-key is for --train-retrieval; where the captions of --data are, '
+                         'the recipe of the model says')
     if getattr(args, 'train_retrieval', None) and not args.checkpoint: return
     if not args.checkpoint: raise ValueError('no checkpoint: name one, or two runs with --compare A B')
     recipe = own_recipe(args.checkpoint, args.recipe)
@@ -157,9 +159,10 @@ def _sweep_command(
 # %% ../../nbs/5_edges/10_evaluate.ipynb #f0e6b350
 def _evaluate_command(
     args:argparse.Namespace, # of `mdm_evaluate`
+    usual:argparse.Namespace, # what they are where no flag is given
 ):
     "Sample, judge, and print a table."
-    check_evaluate_flags(args)
+    check_evaluate_flags(args, usual)
     if args.compare: return _compare_command(args)
     if not args.checkpoint: return _train_judge(args)
     if args.sweep: return _sweep_command(args)
@@ -285,7 +288,7 @@ def mdm_evaluate(
     add('--name', default='', help='of the run, in table and gallery (the checkpoint)')
     _judge_flags(parser)
     add_sampling_flags(parser.add_argument_group('sampling'))
-    return run_command(parser, _evaluate_command, argv)
+    return run_command(parser, lambda args: _evaluate_command(args, parser.parse_args([])), argv)
 
 # %% ../../nbs/5_edges/10_evaluate.ipynb #94d2f2aa
 if __name__ == '__main__' and __package__: raise SystemExit(mdm_evaluate())            # not in this notebook

@@ -129,7 +129,8 @@ def _load_guide(args, device):
     if not args.guide: return {}, {}
     from mdm.pipeline import MDMPipeline
     guide = MDMPipeline.from_pretrained(args.guide, ema=args.guide_ema, device=device)
-    return dict(guide=guide), dict(guide=pinned_place(args.guide)) | ({} if args.guide_ema is None else dict(guide_ema=args.guide_ema))
+    told = dict(guide=pinned_place(args.guide), guide_ema=args.guide_ema)
+    return dict(guide=guide), {k: o for k, o in told.items() if o is not None}
 
 # %% ../../nbs/5_edges/07_sample.ipynb #0fb73a3f
 _films = '.gif', '.webp', '.mp4'
